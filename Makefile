@@ -1,0 +1,98 @@
+# `make bench` and `make test` do everything on a fresh machine. By default they make a virtual environment in .venv;
+# PYTHON=/path/to/python uses that interpreter as it is (nothing is fetched or installed into it; the package is built
+# into .site).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+TORCH ?= torch==2.13.0
+BASE_PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+REPORT ?= bench-report
+VERIFY_CASES ?= 60
+
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+ifdef PYTHON
+  SITE := $(CURDIR)/.site
+  STAMP := $(SITE)/.stamp
+  PY := PYTHONPATH="$(SITE)" PYTHONSAFEPATH=1 "$(PYTHON)"
+  STAMP_SOURCES := $(SOURCES) $(shell find fastattn bench -name '*.py' -type f)
+else
+  STAMP := .venv/.stamp
+  PY := .venv/bin/python
+  STAMP_SOURCES := $(SOURCES)
+endif
+FASTATTN := $(PY) -m fastattn
+CMAKE := $(PY) tools/cmake.py
+
+.PHONY: help setup test test-full cpp-test sanitize lint format bench demo clean
+
+help:
+	@echo "make bench      set up, build, verify, benchmark, train SimMIM on photographs; report in $(REPORT)/report.html"
+	@echo "make test       set up, build, lint, C++ tests, Python tests"
+	@echo "make test-full  the longer sweeps: random problems, sanitizers, slow tests"
+	@echo "make setup      only set up and build"
+	@echo "make lint | format | clean"
+	@echo "PYTHON=/path/to/python uses that interpreter as it is, for machines with no package index"
+
+setup: $(STAMP)
+
+ifdef PYTHON
+$(STAMP): $(STAMP_SOURCES)
+	rm -rf "$(SITE)"
+	"$(PYTHON)" -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$(SITE)" .
+	touch $@
+else
+.venv/.torch:
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "fastattn needs Python >= 3.10; set BASE_PYTHON" >&2; exit 2; }
+	@$(BASE_PYTHON) -m venv .venv || { echo "python3 -m venv failed: install your distribution's python3-venv package" >&2; exit 2; }
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(STAMP): .venv/.torch $(STAMP_SOURCES)
+	.venv/bin/python -m pip install --quiet --editable ".[test,bench]"
+	touch $@
+endif
+
+test: setup lint cpp-test
+	$(PY) -m pytest tests -n $(JOBS) -q
+
+test-full: setup sanitize
+	$(PY) -m pytest tests -n $(JOBS) -q --full
+	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
+	$(FASTATTN) verify --backend reference --cases 100 --seed 2
+
+cpp-test: setup
+	$(CMAKE) build/cpp-test
+	cd build/cpp-test && ctest --output-on-failure -j $(JOBS)
+
+sanitize: setup
+	$(CMAKE) build/sanitize -DFASTATTN_SANITIZE=ON
+	cd build/sanitize && ctest --output-on-failure -j $(JOBS)
+
+ifdef PYTHON
+lint:
+	@echo "lint: left out with PYTHON= (the interpreter is used as it is)"
+else
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy fastattn bench
+endif
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup
+	$(FASTATTN) info
+	$(FASTATTN) verify --cases $(VERIFY_CASES)
+	$(FASTATTN) bench all --quick --json $(REPORT)/results.jsonl --report $(REPORT)
+
+demo: setup
+	$(FASTATTN) demo
+
+clean:
+	rm -rf build dist .site .venv *.egg-info fastattn/*.so $(REPORT)
