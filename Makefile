@@ -24,7 +24,14 @@ else
   STAMP_SOURCES := $(SOURCES)
 endif
 FASTATTN := $(PY) -m fastattn
-CMAKE := $(PY) tools/cmake.py
+CMAKE_FLAGS := -G Ninja -DFASTATTN_TESTS=ON -DFASTATTN_MODULE=OFF
+
+# cmake and ninja come with the interpreter's packages, or else from the system.
+ifdef PYTHON
+  export PATH := $(dir $(PYTHON)):$(PATH)
+else
+  export PATH := $(CURDIR)/.venv/bin:$(PATH)
+endif
 
 .PHONY: help setup test test-full cpp-test sanitize lint format bench demo clean
 
@@ -65,12 +72,14 @@ test-full: setup sanitize
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
 
 cpp-test: setup
-	$(CMAKE) build/cpp-test
-	cd build/cpp-test && ctest --output-on-failure -j $(JOBS)
+	cmake -S . -B build/cpp-test $(CMAKE_FLAGS)
+	cmake --build build/cpp-test
+	ctest --test-dir build/cpp-test --output-on-failure -j $(JOBS)
 
 sanitize: setup
-	$(CMAKE) build/sanitize -DFASTATTN_SANITIZE=ON
-	cd build/sanitize && ctest --output-on-failure -j $(JOBS)
+	cmake -S . -B build/sanitize $(CMAKE_FLAGS) -DFASTATTN_SANITIZE=ON
+	cmake --build build/sanitize
+	ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
 
 ifdef PYTHON
 lint:
