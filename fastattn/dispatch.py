@@ -1,0 +1,194 @@
+"""Backends: who can run a problem, and who will.
+
+A backend is one record below. The first able one runs, in the order of preference; a backend that the caller names
+runs or raises, it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType, TracebackType
+from typing import NamedTuple
+
+import torch
+
+MAX_HEAD_DIM_CPU = 512
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Problem(NamedTuple):
+    """What a backend has to know to tell whether it can run."""
+
+    operation: str  # "attention", "attention_weights", "mask_tiles", "masked_loss"
+    device: str  # the type, such as "cpu"
+    dtype: torch.dtype
+    head_dim: int = 0  # the larger of D and Dv; 0 where there are no heads
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: its name, the module that has its functions, and every reason why it cannot run a problem."""
+
+    name: str
+    module: str
+    why_not: Callable[[Problem], list[str]]
+
+
+def _absent(name: str) -> Callable[[Problem], list[str]]:
+    return lambda problem: [f"this build has no {name} backend"]
+
+
+def _cpu_why_not(problem: Problem) -> list[str]:
+    reasons = []
+    if NATIVE_FAILURE is not None:
+        reasons.append(f"the native library is not there: {NATIVE_FAILURE}")
+    if problem.device != "cpu":
+        reasons.append(f"it computes on CPU tensors, these are on {problem.device!r}")
+    if problem.dtype not in KERNEL_DTYPES:
+        reasons.append(f"it has no {problem.dtype} kernels")
+    if problem.head_dim > MAX_HEAD_DIM_CPU:
+        reasons.append(f"its largest head dim is {MAX_HEAD_DIM_CPU}, this one is {problem.head_dim}")
+    return reasons
+
+
+def _reference_why_not(problem: Problem) -> list[str]:
+    return []
+
+
+# In the order of preference.
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", "fastattn.backends.native", _absent("cuda")),
+        Backend("triton", "fastattn.backends.triton", _absent("triton")),
+        Backend("cpu", "fastattn.backends.native", _cpu_why_not),
+        Backend("reference", "fastattn.backends.reference", _reference_why_not),
+    )
+}
+
+
+def _import_native() -> str | None:
+    try:
+        importlib.import_module("fastattn.backends.native")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+# Why the compiled library cannot be loaded; None when it can. Tried once, at import: what torch.compile traces must be
+# plain data.
+NATIVE_FAILURE: str | None = _import_native()
+
+
+@lru_cache(maxsize=None)
+def load(name: str) -> ModuleType:
+    """The module with the functions of a backend."""
+    return importlib.import_module(BACKENDS[name].module)
+
+
+def _check_name(name: object) -> str:
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+# The backend asked for by `use_backend`, or by the environment at import. A plain global, as torch's own switches are:
+# torch.compile guards on it, so that a compiled function is compiled anew when it changes.
+_requested: str | None = os.environ.get("FASTATTN_BACKEND") or None
+
+
+class use_backend:
+    """Context manager: every operation inside runs on the named backend, or raises with every reason why it cannot.
+
+    name: "reference", "cpu", "cuda" or "triton". It holds for the whole process, all threads included. An explicit
+    `backend=` argument wins over it. The environment variable FASTATTN_BACKEND, read when fastattn is imported, does
+    the same for a whole run.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = _check_name(name)
+        self._previous: list[str | None] = []
+
+    def __enter__(self) -> use_backend:
+        global _requested
+        self._previous.append(_requested)
+        _requested = self.name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._previous.pop()
+
+
+def select(problem: Problem, backend: str | None = None) -> str:
+    """The name of the backend that runs `problem`.
+
+    backend: the name that the caller gave; without one, that of `use_backend` or FASTATTN_BACKEND; without one, the
+    first able backend. ValueError for an unknown name; RuntimeError with every reason when a named one cannot run.
+    """
+    name = _requested if backend is None else backend
+    if name is None:
+        return _first_able(problem)
+    reasons = BACKENDS[_check_name(name)].why_not(problem)
+    if reasons:
+        raise RuntimeError(f"backend {name!r} cannot run this {problem.operation}: {'; '.join(reasons)}")
+    return name
+
+
+def _first_able(problem: Problem) -> str:
+    for name, backend in BACKENDS.items():
+        if not backend.why_not(problem):
+            return name
+    raise RuntimeError(f"no backend can run this {problem.operation}: {explain_problem(problem)}")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs, and why the others do not. `str()` gives it as text.
+
+    chosen: the name, or None when the backend that was asked for cannot run.
+    reasons: for each backend, every reason why it cannot run this problem; empty when it can.
+    notes: what the chosen one has to do beyond computing, such as copying an input.
+    """
+
+    problem: Problem
+    chosen: str | None
+    requested: str | None
+    reasons: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        kind = "asked for" if self.requested else "the first able one"
+        lines = [f"{self.problem.operation}: {self.chosen or 'no backend'}" + (f" ({kind})" if self.chosen else "")]
+        for name, reasons in self.reasons.items():
+            if name == self.chosen:
+                continue
+            if reasons:
+                text = "; ".join(reasons)
+            elif self.requested:
+                text = f"able, but {self.requested!r} was asked for"
+            else:
+                text = f"able, but {self.chosen!r} comes first"
+            lines.append(f"  {name}: {text}")
+        lines.extend(f"  note: {note}" for note in self.notes)
+        return "\n".join(lines)
+
+
+def explain_problem(problem: Problem, backend: str | None = None, notes: tuple[str, ...] = ()) -> Explanation:
+    """What `select` would answer, with the reasons; an unknown name raises, a backend that cannot run does not."""
+    requested = _requested if backend is None else backend
+    reasons = {name: record.why_not(problem) for name, record in BACKENDS.items()}
+    chosen: str | None
+    if requested is None:
+        chosen = next((name for name, why in reasons.items() if not why), None)
+    else:
+        chosen = _check_name(requested)
+        if reasons[chosen]:
+            chosen = None
+    return Explanation(problem, chosen, requested, reasons, notes)
