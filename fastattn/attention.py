@@ -1,0 +1,598 @@
+"""The public attention functions: they check their arguments, draw the dropout seed and call the operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, masks, ops
+from fastattn.dispatch import KERNEL_DTYPES, Explanation, Problem
+from fastattn.masks import Mask
+
+_ACCEPTED_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+
+
+class _Sizes(NamedTuple):
+    batch: int
+    heads_q: int
+    len_q: int
+    len_k: int
+    dim_qk: int
+    dim_v: int
+
+
+def _describe(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+
+
+def _refuse_inputs(query: Any, key: Any, value: Any) -> NoReturn:
+    """Says what is wrong with inputs that `_check_inputs` found wrong."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"{name} must have 4 dimensions: query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv); "
+                f"got {tuple(tensor.shape)}"
+            )
+    seen = _describe(query=query, key=key, value=value)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must have the same batch size, got {seen}")
+    if key.shape[1] != value.shape[1]:
+        raise ValueError(f"key and value must have the same number of heads, got {seen}")
+    if key.shape[2] != value.shape[2]:
+        raise ValueError(f"key and value must have the same length, got {seen}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"query and key must have the same head dim, got {seen}")
+    raise ValueError(f"the heads of query must be a multiple of the heads of key and value, got {seen}")
+
+
+def _divides(heads_kv: int, heads_q: int) -> bool:
+    return heads_q == heads_kv or (heads_kv != 0 and heads_q % heads_kv == 0)
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> _Sizes:
+    # One condition on the way that good inputs take; what exactly is wrong is worked out only when something is.
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dim() == key.dim() == value.dim() == 4
+        and query.device == key.device == value.device
+    ):
+        _refuse_inputs(query, key, value)
+    batch, heads_q, len_q, dim = query.shape
+    batch_k, heads_kv, len_k, dim_k = key.shape
+    batch_v, heads_v, len_v, dim_v = value.shape
+    if not (
+        batch == batch_k
+        and batch == batch_v
+        and heads_kv == heads_v
+        and len_k == len_v
+        and dim == dim_k
+        and _divides(heads_kv, heads_q)
+    ):
+        _refuse_inputs(query, key, value)
+    return _Sizes(batch, heads_q, len_q, len_k, dim, dim_v)
+
+
+def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
+    """The dtype that the operator computes in."""
+    dtype = query.dtype
+    if dtype in KERNEL_DTYPES and dtype == key.dtype and dtype == value.dtype:
+        if torch.is_autocast_enabled(query.device.type):
+            return _autocast_dtype(query)
+        return dtype
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"{name} must be {_ACCEPTED_DTYPES}, got {tensor.dtype}")
+    if torch.is_autocast_enabled(query.device.type):
+        computed = {_autocast_dtype(tensor) for tensor in (query, key, value)}
+        if len(computed) == 1:
+            return computed.pop()
+    raise TypeError(
+        f"query, key and value must have the same dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}"
+    )
+
+
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    # Autocast leaves float64 alone.
+    return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(tensor.device.type)
+
+
+def _check_bias(bias: Any, query: Tensor, sizes: _Sizes) -> Tensor:
+    """The bias with 4 dimensions."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias must be a float tensor, got {type(bias).__name__}")
+    accepted = "bias must be broadcastable to (B, Hq, L, S)"
+    wanted = sizes[:4]
+    if bias.dim() > 4:
+        raise ValueError(f"{accepted} = {wanted}, got {tuple(bias.shape)}")
+    if bias.dtype != query.dtype and bias.dtype != torch.float32:
+        autocast = torch.is_autocast_enabled(query.device.type) and bias.dtype in KERNEL_DTYPES
+        if not autocast:
+            raise TypeError(f"bias must have the dtype of query, {query.dtype}, or be float32, got {bias.dtype}")
+    if bias.device != query.device:
+        raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
+    if bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    for size, full in zip(bias.shape, wanted, strict=True):
+        if size != 1 and size != full:
+            raise ValueError(f"{accepted} = {wanted}, got a bias viewed as {tuple(bias.shape)}")
+    return bias
+
+
+def _check_scale(scale: Any, dim: int) -> float:
+    if scale is None:
+        return dim**-0.5 if dim else 1.0  # without dimensions every score is 0 whatever the scale
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None (1 / sqrt(D)), got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return float(scale)
+
+
+def _check_dropout(dropout_p: Any) -> float:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a number in [0, 1), got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    return float(dropout_p)
+
+
+def _check_seed(dropout_p: float, seed: Any, device: torch.device) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0:
+        raise TypeError(f"dropout_seed must be an int64 tensor of shape () when dropout_p > 0, got {seed!r}")
+    if seed.device != device:
+        raise ValueError(f"dropout_seed must be on the device of query, {device}, got {seed.device}")
+    return seed
+
+
+def _draw_seed(dropout_p: Any, device: torch.device) -> Tensor | None:
+    """The seed of one call, from torch's generator, so that torch.manual_seed reproduces it."""
+    if _check_dropout(dropout_p) == 0.0:
+        return None
+    return torch.randint(2**63 - 1, (), device=device, dtype=torch.int64)
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    # Kernels read along the head dim. `explain` tells about this copy.
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _tile_builder(backend: str) -> Callable[..., tuple[Tensor, ...]]:
+    def build(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> tuple[Tensor, ...]:
+        return torch.ops.fastattn.mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
+
+    return build
+
+
+_BUILDERS = {name: _tile_builder(name) for name in dispatch.BACKENDS}
+
+
+def _flat_mask(mask: Any, sizes: _Sizes, device: torch.device, backend: str) -> tuple[Any, ...]:
+    mask = masks.coerce(mask)
+    if mask is None:
+        return ops.flatten_mask(None)
+    batch, heads, len_q, len_k = sizes[:4]
+    return ops.flatten_mask(mask.kernel_form(batch, heads, len_q, len_k, device, build=_BUILDERS[backend]))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scaled dot-product attention, softmax(scale Q Kᵀ + bias, over the keys the mask allows) V, tiled and fused
+    (Vaswani et al. 2017, eq. 1; computed as in Dao 2023, "FlashAttention-2").
+
+    query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv); float32, bfloat16, float16 or float64; Hq is a
+    multiple of Hkv (grouped queries). Any strides are read in place, except that a tensor whose last dimension is not
+    contiguous is copied first.
+    mask: a `Mask`, or a bool tensor broadcastable to (B, Hq, L, S); True = may attend.
+    bias: a float tensor broadcastable to (B, Hq, L, S), of query's dtype or float32, added to the scaled scores. Its
+    gradient has its own shape.
+    dropout_p: the probability in [0, 1) with which an attention weight is dropped; kept ones are scaled by 1 / (1 - p).
+    scale: 1 / sqrt(D) unless given.
+    backend: run on this one or raise; without it, the first able one (`explain` tells which).
+
+    Returns out (B, Hq, L, Dv), and with return_lse also the natural log of the softmax's denominator, (B, Hq, L)
+    float32, which is differentiable. A query that may attend to nothing gets out 0 and lse -inf.
+
+    Raises ValueError or TypeError for arguments that do not fit together, RuntimeError when `backend` cannot run them.
+    """
+    seed = _draw_seed(dropout_p, query.device) if dropout_p else None
+    out, lse = _attention_with_seed(
+        query, key, value, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale, dropout_seed=seed, backend=backend
+    )
+    return (out, lse.float()) if return_lse else out
+
+
+def _attention_with_seed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    dropout_seed: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """`attention` with the seed given by the caller; returns lse in the dtype of the operator."""
+    sizes = _check_inputs(query, key, value)
+    dtype = _check_dtypes(query, key, value)
+    if bias is not None:
+        bias = _check_bias(bias, query, sizes)
+    scale = _check_scale(scale, sizes.dim_qk)
+    dropout_p = _check_dropout(dropout_p)
+    device = query.device
+    dropout_seed = _check_seed(dropout_p, dropout_seed, device)
+    name = dispatch.select(Problem("attention", device.type, dtype, max(sizes.dim_qk, sizes.dim_v)), backend)
+    return torch.ops.fastattn.attention(
+        _unit_stride(query),
+        _unit_stride(key),
+        _unit_stride(value),
+        bias,
+        *_flat_mask(mask, sizes, device, name),
+        scale,
+        dropout_p,
+        dropout_seed,
+        name,
+    )
+
+
+def _attention_packed(
+    qkv: Tensor,
+    *,
+    mask: Mask | Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    dropout_seed: Tensor | None,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Self-attention straight out of a packed projection (B, L, 3, H, D), any strides with a contiguous last
+    dimension; the gradient comes in the same layout. Returns out (B, H, L, D) and lse as `_attention_with_seed`."""
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv must be a tensor, got {type(qkv).__name__}")
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have shape (B, L, 3, H, D), got {tuple(qkv.shape)}")
+    batch, length, _, heads, dim = qkv.shape
+    sizes = _Sizes(batch, heads, length, length, dim, dim)
+    dtype = _check_dtypes(qkv, qkv, qkv)
+    if bias is not None:
+        bias = _check_bias(bias, qkv, sizes)
+    scale = _check_scale(scale, dim)
+    dropout_p = _check_dropout(dropout_p)
+    device = qkv.device
+    dropout_seed = _check_seed(dropout_p, dropout_seed, device)
+    name = dispatch.select(Problem("attention", device.type, dtype, dim), backend)
+    return torch.ops.fastattn.attention_packed(
+        _unit_stride(qkv), bias, *_flat_mask(mask, sizes, device, name), scale, dropout_p, dropout_seed, name
+    )
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    average_heads: bool = True,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The attention weights exp(scale Q Kᵀ + bias - lse) of an `attention` whose lse is known.
+
+    query (B, Hq, L, D), key (B, Hkv, S, D), lse (B, Hq, L) as `attention(..., return_lse=True)` returns it; mask, bias
+    and scale as given there. average_heads: the mean over the heads, (B, L, S), computed without the tensor of every
+    head; else (B, Hq, L, S). dropout_p and dropout_seed (int64, shape ()) give the weights after dropout.
+
+    Differentiable in query, key, lse and bias. A row that may attend to nothing is 0. Raises as `attention` does.
+    """
+    sizes = _check_inputs(query, key, key)
+    dtype = _check_dtypes(query, key, key)
+    accumulated = ops.lse_dtype(query.dtype)
+    if not isinstance(lse, Tensor):
+        raise TypeError(f"lse must be a tensor, got {type(lse).__name__}")
+    if lse.dtype != torch.float32 and lse.dtype != accumulated:
+        raise TypeError(f"lse must be float32, got {lse.dtype}")
+    if tuple(lse.shape) != (sizes.batch, sizes.heads_q, sizes.len_q):
+        raise ValueError(f"lse must have shape (B, Hq, L) = {tuple(query.shape[:3])}, got {tuple(lse.shape)}")
+    if lse.device != query.device:
+        raise ValueError(f"lse must be on the device of query, {query.device}, got {lse.device}")
+    if bias is not None:
+        bias = _check_bias(bias, query, sizes)
+    scale = _check_scale(scale, sizes.dim_qk)
+    dropout_p = _check_dropout(dropout_p)
+    device = query.device
+    dropout_seed = _check_seed(dropout_p, dropout_seed, device)
+    name = dispatch.select(Problem("attention_weights", device.type, dtype, sizes.dim_qk), backend)
+    return torch.ops.fastattn.attention_weights(
+        _unit_stride(query),
+        _unit_stride(key),
+        lse.to(accumulated).contiguous(),
+        bias,
+        *_flat_mask(mask, sizes, device, name),
+        scale,
+        average_heads,
+        dropout_p,
+        dropout_seed,
+        name,
+    )
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Explanation:
+    """Which backend `attention` would run on with the same arguments, and why each other one would not.
+
+    Nothing is computed. Arguments that `attention` refuses are refused here. A backend that is named but cannot run
+    gives an `Explanation` whose `chosen` is None. `str()` of the result is for people.
+    """
+    sizes = _check_inputs(query, key, value)
+    dtype = _check_dtypes(query, key, value)
+    if bias is not None:
+        _check_bias(bias, query, sizes)
+    _check_scale(scale, sizes.dim_qk)
+    _check_dropout(dropout_p)
+    coerced = masks.coerce(mask)
+    if coerced is not None:
+        coerced.validate(*sizes[:4], query.device)
+    notes = tuple(
+        f"{name} is copied first: its last dimension has stride {tensor.stride(-1)}, kernels read it with stride 1"
+        for name, tensor in (("query", query), ("key", key), ("value", value))
+        if _unit_stride(tensor) is not tensor
+    )
+    problem = Problem("attention", query.device.type, dtype, max(sizes.dim_qk, sizes.dim_v))
+    return dispatch.explain_problem(problem, backend, notes)
+
+
+# Packed sequences ------------------------------------------------------------------------------------------------------
+
+
+def attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    mask: Mask | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` over sequences of different lengths, packed end to end without padding.
+
+    query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv). Sequence n is query[cu_seqlens_q[n]:cu_seqlens_q[n + 1]]
+    with the same of key and value by cu_seqlens_k; both int32 or int64 (N + 1,), from 0 to Tq or Tk, not decreasing.
+    mask: None, or `Mask.causal`, `Mask.window` and their `&`: they hold within each sequence, in its own indices.
+
+    Returns out (Tq, Hq, Dv), and with return_lse also lse (Hq, Tq) float32. Queries of a sequence without keys get 0.
+
+    A causal or window mask over sequences whose queries and keys differ in length runs sequence by sequence and has to
+    know the lengths on the host: not under torch.compile. Pass one and the same tensor as both cu_seqlens there.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions: query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv); got "
+                f"{tuple(tensor.shape)}"
+            )
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a Mask or None, got {type(mask).__name__}")
+    if mask is not None and not all(isinstance(term, masks.Band) for term in mask.terms):
+        raise ValueError(f"mask must be made of Mask.causal and Mask.window for packed sequences, got {mask!r}")
+    for name, cu_seqlens, total in (
+        ("cu_seqlens_q", cu_seqlens_q, query.shape[0]),
+        ("cu_seqlens_k", cu_seqlens_k, key.shape[0]),
+    ):
+        _check_cu_seqlens(name, cu_seqlens, total, query.device)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must count the same sequences, got {tuple(cu_seqlens_q.shape)} and "
+            f"{tuple(cu_seqlens_k.shape)}"
+        )
+    # (T, H, D) -> (1, H, T, D)
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+
+    # Without a band there are no indices to compare; with one, those of the pack serve when both packs lie alike.
+    if mask is None or cu_seqlens_q is cu_seqlens_k or _equal_on_host(cu_seqlens_q, cu_seqlens_k):
+        segments = Mask.segments(
+            _segment_ids(cu_seqlens_q, query.shape[2], outside=-1),
+            _segment_ids(cu_seqlens_k, key.shape[2], outside=-2),
+        )
+        out, lse = _attention_with_seed(
+            *(query, key, value),
+            mask=segments if mask is None else segments & mask,
+            bias=None,
+            dropout_p=dropout_p,
+            scale=scale,
+            dropout_seed=_draw_seed(dropout_p, query.device),
+            backend=backend,
+        )
+    else:
+        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+        pieces = [
+            _attention_with_seed(
+                query[:, :, first_q:last_q],
+                key[:, :, first_k:last_k],
+                value[:, :, first_k:last_k],
+                mask=mask,
+                bias=None,
+                dropout_p=dropout_p,
+                scale=scale,
+                dropout_seed=_draw_seed(dropout_p, query.device),
+                backend=backend,
+            )
+            for first_q, last_q, first_k, last_k in zip(
+                starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True
+            )
+        ]
+        out = torch.cat([piece.transpose(1, 2) for piece, _ in pieces], dim=1).transpose(1, 2)
+        lse = torch.cat([piece for _, piece in pieces], dim=2)
+    out = out[0].transpose(0, 1)
+    return (out, lse[0].float()) if return_lse else out
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Any, total: int, device: torch.device) -> None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        seen = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor (N + 1,), got {seen}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {cu_seqlens.device}")
+    # Values are checked where that costs no synchronisation. Elsewhere wrong ones select wrong pairs, never wrong memory.
+    if device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(
+                f"{name} must go from 0 to the number of tokens, {total}, without decreasing, got {starts}"
+            )
+
+
+def _equal_on_host(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be one and the same tensor under torch.compile with a causal or window "
+            "mask: sequences whose queries and keys differ in length need the values on the host"
+        )
+    return torch.equal(a, b)
+
+
+def _segment_ids(cu_seqlens: Tensor, total: int, outside: int) -> Tensor:
+    """The sequence that each token is in, (1, total); `outside` for tokens in none."""
+    tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    ids = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+    inside = (ids >= 0) & (ids < cu_seqlens.shape[0] - 1)
+    return torch.where(inside, ids, outside).unsqueeze(0)
+
+
+# torch's signature -----------------------------------------------------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, with the same arguments and meaning, computed by `attention`.
+
+    query (..., Hq, L, E), key (..., H, S, E), value (..., H, S, Ev); leading dimensions broadcast, and there may be
+    none. attn_mask: bool, True = may attend, or float, added to the scores (and differentiable); broadcastable to
+    (..., Hq, L, S). is_causal: top-left; not together with attn_mask (RuntimeError, as in torch). enable_gqa: Hq may be
+    a multiple of H. A query that may attend to nothing gets 0.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions (..., L, E), got {tuple(tensor.shape)}")
+    if is_causal and attn_mask is not None:
+        raise RuntimeError("attn_mask must be None when is_causal is set: give the mask or the flag, not both")
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(f"attn_mask must be a bool or float tensor, got {type(attn_mask).__name__}")
+    rank = max(query.dim(), key.dim(), value.dim())
+    lead: tuple[int, ...] | None = None
+    if rank != 4 or query.shape[:2] != key.shape[:2] or key.shape[:2] != value.shape[:2]:
+        query, key, value, lead = _to_four(query, key, value, enable_gqa, rank)
+        if attn_mask is not None:
+            attn_mask = _mask_to_four(attn_mask, lead)
+    mask: Mask | Tensor | None = Mask.causal() if is_causal else None
+    bias = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask
+    out = attention(query, key, value, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
+    return out if lead is None or len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _to_four(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, rank: int
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """The inputs with 4 dimensions, and the leading dimensions of the output."""
+    seen = _describe(query=query, key=key, value=value)
+    if enable_gqa and rank < 3:
+        raise ValueError(f"query, key and value must have at least 3 dimensions with enable_gqa, got {seen}")
+    # With enable_gqa the head dimension stands apart: it is repeated, not broadcast.
+    heads = 1 if enable_gqa and rank >= 3 else 0
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[: x.dim() - 2 - heads] for x in (query, key, value)))
+    except RuntimeError as error:
+        raise ValueError(f"the leading dimensions of query, key and value must broadcast, got {seen}") from error
+
+    def four(x: Tensor) -> Tensor:
+        own = x.shape[x.dim() - 2 - heads :]
+        return _fold(x.expand(*lead, *own))
+
+    out_lead = (*lead, query.shape[-3]) if heads else lead
+    return four(query), four(key), four(value), tuple(out_lead)
+
+
+def _fold(x: Tensor) -> Tensor:
+    """(..., H, L, E) -> (B, H, L, E); (N, L, E) -> (N, 1, L, E); (L, E) -> (1, 1, L, E)."""
+    if x.dim() > 4:
+        return x.flatten(0, -4)
+    return x[None, None] if x.dim() == 2 else x.unsqueeze(1) if x.dim() == 3 else x
+
+
+def _mask_to_four(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
+    if attn_mask.dim() <= 2:
+        return attn_mask
+    if len(lead) + 2 < attn_mask.dim():
+        raise ValueError(
+            f"attn_mask must broadcast to (..., L, S) with leading dimensions {lead}, got {tuple(attn_mask.shape)}"
+        )
+    if len(lead) == 1:  # (N, L, S) -> (N, 1, L, S)
+        return attn_mask.unsqueeze(1)
+    if len(lead) == 2:
+        return attn_mask
+    batch = attn_mask.shape[:-3]
+    try:
+        return attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:]).flatten(0, -4)
+    except RuntimeError as error:
+        raise ValueError(f"attn_mask must broadcast to leading dimensions {lead}, got {tuple(batch)}") from error
