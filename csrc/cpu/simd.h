@@ -1,0 +1,280 @@
+// Vectors of the level's width: the compiler's vector extension, with intrinsics only where the compiler would not find the
+// instruction (fused multiply-add, maximum, half precision, conversion of 16-bit types). Arithmetic, comparisons and
+// `mask ? a : b` are the language's own.
+//
+// Everything here has internal linkage: each level has its own copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "kernels.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define FASTATTN_INLINE static inline __attribute__((always_inline))
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kVectorRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kVectorRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kVectorRegisters = 16;
+#endif
+
+template <typename T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  using type = float __attribute__((vector_size(kVectorBytes)));
+  using bits = int32_t __attribute__((vector_size(kVectorBytes)));
+  using halves = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <>
+struct VecOf<double> {
+  using type = double __attribute__((vector_size(kVectorBytes)));
+  using bits = int64_t __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename T>
+using Vec = typename VecOf<T>::type;
+template <typename T>
+using VecBits = typename VecOf<T>::bits;  // also the type of a comparison
+using VecHalves = VecOf<float>::halves;   // kWidth<float> numbers of 16 bits
+
+template <typename T>
+constexpr int kWidth = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+template <typename T>
+FASTATTN_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename T>
+FASTATTN_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <typename T>
+FASTATTN_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+template <typename T>
+FASTATTN_INLINE Vec<T> zero() {
+  return Vec<T>{};
+}
+template <typename To, typename From>
+FASTATTN_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// a * b + c, rounded once where the level has the instruction.
+FASTATTN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_NEON)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+FASTATTN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#elif defined(__ARM_NEON)
+  return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// Lane-wise maximum; the second operand when either is NaN (x86). On Arm a NaN stays a NaN.
+FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#elif defined(__ARM_NEON)
+  return vmaxq_f32(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_max_pd(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_pd(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_pd(a, b);
+#elif defined(__ARM_NEON)
+  return vmaxq_f64(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+template <typename V>
+FASTATTN_INLINE auto horizontal_sum(V v) {
+  auto sum = v[0];
+  for (unsigned lane = 1; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += v[lane];
+  return sum;
+}
+FASTATTN_INLINE float sum(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#else
+  return horizontal_sum(v);
+#endif
+}
+FASTATTN_INLINE double sum(Vec<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(v);
+#else
+  return horizontal_sum(v);
+#endif
+}
+// Largest lane; lanes are not NaN.
+template <typename V>
+FASTATTN_INLINE auto horizontal_max(V v) {
+  auto largest = v[0];
+  for (unsigned lane = 1; lane < sizeof(V) / sizeof(v[0]); ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+}
+
+// 2^x. Exactly 1 at 0, exactly 0 from -127 down (-inf included), NaN for NaN; x must stay below 127.5.
+// x = n + r with n the nearest integer: adding 1.5 * 2^23 leaves n in the low bits of the sum, from where a shift moves it to the
+// exponent. Then a minimax polynomial for 2^r on [-1/2, 1/2] with p(0) = 1, degree 6: relative error 1.5e-8 before
+// rounding, 7e-8 after with fused multiply-add (degree 5: 6e-7). Results below 2^-126 are not exact: they lie between 0 and 2^-126.
+FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
+  const Vec<float> magic = broadcast(12582912.0f);
+  x = max(broadcast(-127.0f), x);  // in this order a NaN passes
+  const Vec<float> t = x + magic;
+  const Vec<float> r = x - (t - magic);
+  Vec<float> p = broadcast(1.49916150441e-4f);
+  p = fma(p, r, broadcast(1.33833794208e-3f));
+  p = fma(p, r, broadcast(9.61934269315e-3f));
+  p = fma(p, r, broadcast(5.55037121456e-2f));
+  p = fma(p, r, broadcast(2.40226440138e-1f));
+  p = fma(p, r, broadcast(6.93147185632e-1f));
+  p = fma(p, r, broadcast(1.0f));
+  return bit_cast<Vec<float>>(bit_cast<VecBits<float>>(p) + (bit_cast<VecBits<float>>(t) << 23));
+}
+// The same in double: degree 11, relative error 4.7e-17 before rounding; exactly 0 from -1023 down.
+FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
+  const Vec<double> magic = broadcast(6755399441055744.0);
+  x = max(broadcast(-1023.0), x);
+  const Vec<double> t = x + magic;
+  const Vec<double> r = x - (t - magic);
+  Vec<double> p = broadcast(4.35694613178162446e-10);
+  p = fma(p, r, broadcast(7.07075053830704529e-9));
+  p = fma(p, r, broadcast(1.01786385799711449e-7));
+  p = fma(p, r, broadcast(1.32154519450502373e-6));
+  p = fma(p, r, broadcast(1.52527326451464879e-5));
+  p = fma(p, r, broadcast(1.54035304260857775e-4));
+  p = fma(p, r, broadcast(1.33335581474187954e-3));
+  p = fma(p, r, broadcast(9.61812910761637017e-3));
+  p = fma(p, r, broadcast(5.55041086648185116e-2));
+  p = fma(p, r, broadcast(2.40226506959100832e-1));
+  p = fma(p, r, broadcast(6.93147180559945329e-1));
+  p = fma(p, r, broadcast(1.0));
+  return bit_cast<Vec<double>>(bit_cast<VecBits<double>>(p) + (bit_cast<VecBits<double>>(t) << 52));
+}
+
+// Lanes whose bit in `word` is set, bit 0 for lane 0.
+template <typename T>
+FASTATTN_INLINE VecBits<T> lanes_of(uint64_t word) {
+  VecBits<T> bit;
+  for (int lane = 0; lane < kWidth<T>; ++lane) bit[lane] = 1 << lane;
+  using Lane = decltype(bit[0] + 0);
+  return ((static_cast<Lane>(word) - VecBits<T>{}) & bit) != 0;
+}
+
+// ---- 16-bit storage ----
+
+FASTATTN_INLINE VecHalves load_halves(const uint16_t* p) {
+  VecHalves v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+FASTATTN_INLINE void store_halves(uint16_t* p, VecHalves v) { std::memcpy(p, &v, sizeof v); }
+
+using VecWords = uint32_t __attribute__((vector_size(kVectorBytes)));
+
+FASTATTN_INLINE VecWords widen(VecHalves v) { return __builtin_convertvector(v, VecWords); }
+FASTATTN_INLINE VecHalves narrow(VecWords v) { return __builtin_convertvector(v, VecHalves); }
+FASTATTN_INLINE VecWords words(uint32_t x) { return x - VecWords{}; }
+FASTATTN_INLINE VecWords choose(VecBits<float> lanes, VecWords yes, VecWords no) {
+  return (bit_cast<VecWords>(lanes) & yes) | (~bit_cast<VecWords>(lanes) & no);
+}
+
+FASTATTN_INLINE Vec<float> from_bfloat16(VecHalves v) { return bit_cast<Vec<float>>(widen(v) << 16); }
+
+// Round to nearest even; a NaN keeps its upper bits and is made quiet, so that rounding cannot carry it into infinity.
+FASTATTN_INLINE VecHalves to_bfloat16(Vec<float> x) {
+  const VecWords u = bit_cast<VecWords>(x);
+  const VecWords rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return narrow(choose(x == x, rounded, u | 0x400000u) >> 16);
+}
+
+FASTATTN_INLINE Vec<float> from_float16(VecHalves v) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(bit_cast<__m256i>(v));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(bit_cast<__m128i>(v));
+#elif defined(__ARM_NEON)
+  return vcvt_f32_f16(bit_cast<float16x4_t>(v));
+#else
+  // The exponent is moved by a product, which also normalises subnormal numbers; infinity and NaN are put right after.
+  const VecWords u = widen(v), magnitude = (u & 0x7fffu) << 13;
+  const VecWords scaled = bit_cast<VecWords>(bit_cast<Vec<float>>(magnitude) * broadcast(5.192296858534828e33f));  // 2^112
+  const VecBits<float> finite = bit_cast<VecBits<float>>(magnitude) < 0x0f800000;
+  return bit_cast<Vec<float>>(choose(finite, scaled, magnitude | 0x7f800000u) | (u & 0x8000u) << 16);
+#endif
+}
+
+// Round to nearest even; beyond 65504 infinity, as torch does.
+FASTATTN_INLINE VecHalves to_float16(Vec<float> x) {
+#if defined(__AVX512F__)
+  return bit_cast<VecHalves>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  return bit_cast<VecHalves>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__ARM_NEON)
+  return bit_cast<VecHalves>(vcvt_f16_f32(x));
+#else
+  const VecWords u = bit_cast<VecWords>(x), sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  const VecBits<float> magnitude = bit_cast<VecBits<float>>(a);
+  // Below 2^-14: adding 1/2 rounds at the last bit of a subnormal number, and leaves that number in the low bits.
+  const VecWords tiny = bit_cast<VecWords>(bit_cast<Vec<float>>(a) + 0.5f) - 0x3f000000u;
+  const VecWords normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  VecWords half = choose(magnitude < 0x38800000, tiny, normal);
+  half = choose(magnitude < 0x477ff000, half, words(0x7c00u));
+  half = choose(magnitude > 0x7f800000, words(0x7e00u), half);
+  return narrow(half | sign);
+#endif
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA
