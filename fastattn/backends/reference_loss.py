@@ -1,0 +1,107 @@
+"""The masked reconstruction loss in plain PyTorch: the specification of every backend's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _expand(mask: Tensor, input: Tensor, patch_size: int) -> Tensor:
+    """Which elements count, bool, in the shape of `input`."""
+    if patch_size:  # (B|1, H/p, W/p) -> (B|1, 1, H, W)
+        mask = mask.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2).unsqueeze(1)
+    return mask.expand(input.shape)
+
+
+def _normalize(target: Tensor, patch_size: int, eps: float) -> Tensor:
+    """(target - mean) / sqrt(variance + eps), over each patch's C * p * p elements or over the last dimension.
+
+    The variance is the unbiased one (He et al. 2022, "Masked autoencoders are scalable vision learners", section 4.1,
+    and the code that the authors published).
+    """
+    dims = [-1]
+    if patch_size:
+        batch, channels, height, width = target.shape
+        # (B, C, H/p, p, W/p, p)
+        grid = target.reshape(batch, channels, height // patch_size, patch_size, width // patch_size, patch_size)
+        dims = [1, 3, 5]
+    else:
+        grid = target
+    variance, mean = torch.var_mean(grid, dims, correction=1, keepdim=True)
+    return ((grid - mean) / (variance + eps).sqrt()).reshape(target.shape)
+
+
+def _difference(
+    input: Tensor, target: Tensor, mask: Tensor, patch_size: int, normalize_target: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """input - target where it counts and 0 elsewhere, and which elements count."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    input, target = input.to(dtype), target.to(dtype)
+    if normalize_target:
+        target = _normalize(target, patch_size, eps)
+    counted = _expand(mask, input, patch_size)
+    # A select and not a product: 0 * NaN is NaN, and what does not count may be anything.
+    return (input - target).where(counted, 0), counted
+
+
+def _value(difference: Tensor, kind: str, beta: float) -> Tensor:
+    if kind == "l2":
+        return difference * difference
+    size = difference.abs()
+    if kind == "l1" or beta == 0:
+        return size
+    return torch.where(size < beta, 0.5 * difference * difference / beta, size - 0.5 * beta)
+
+
+def _slope(difference: Tensor, kind: str, beta: float) -> Tensor:
+    if kind == "l2":
+        return 2 * difference
+    if kind == "l1" or beta == 0:
+        return difference.sign()
+    return torch.where(difference.abs() < beta, difference / beta, difference.sign())
+
+
+def masked_loss(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and d loss / d input unless `reduction` is "none".
+
+    input, target: any shape, or (B, C, H, W) when patch_size > 0. mask: bool, broadcastable to input; or (B|1, H/p, W/p).
+    """
+    difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
+    value = _value(difference, kind, beta)
+    if reduction == "none":
+        # Laid out like the gradient: as `input` is.
+        return torch.empty_like(input).copy_(value), None
+    count = {"masked_mean": counted.sum(), "mean": torch.tensor(input.numel()), "sum": torch.tensor(1)}[reduction]
+    scale = 1 / count.to(value).clamp(min=1)  # nothing counted: the sum is 0, and so is the mean
+    loss = (value.sum(dtype=torch.float64) * scale).to(input.dtype)
+    if not need_grad:
+        return loss, None
+    return loss, torch.empty_like(input).copy_(_slope(difference, kind, beta) * scale)
+
+
+def masked_loss_backward_none(
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """d loss / d input for reduction "none", with grad_loss in the shape of `input`."""
+    difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
+    gradient = (_slope(difference, kind, beta) * grad_loss.to(difference)).where(counted, 0)
+    return torch.empty_like(input).copy_(gradient)

@@ -1,0 +1,246 @@
+"""Masked reconstruction losses: only the elements that the mask counts are read, and they alone have a gradient.
+
+The loss of masked image modelling: SimMIM (Xie et al. 2022, "SimMIM: a simple framework for masked image modeling",
+section 3.4, equation 1: L1 over the masked pixels, divided by their number) and MAE (He et al. 2022, "Masked
+autoencoders are scalable vision learners", section 3: squared error over the masked patches, with the pixels of each
+target patch normalised if wanted).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import dispatch, ops
+from fastattn.dispatch import KERNEL_DTYPES, Problem
+
+REDUCTIONS = ("masked_mean", "sum", "mean", "none")
+_ACCEPTED_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
+_MAX_DIMS = 4  # of the operator's tensors
+
+
+def masked_mse_loss(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | None = None,
+    reduction: str = "masked_mean",
+    normalize_target: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Squared error (input - target)^2 over the elements that `mask` counts.
+
+    Loss and gradient come out of one pass over the counted elements; what is not counted is never read into either, so it
+    may hold NaN or Inf. Sums are made in a fixed order: two runs are bitwise equal, whatever the number of threads.
+
+    Args:
+        input: the prediction; float32, bfloat16, float16 or float64, any strides. Images (B, C, H, W), tokens
+            (B, N, D), or any shape.
+        target: of the shape, dtype and device of `input`.
+        mask: bool, True = this element counts. With `patch_size`, the patch grid (B, H/p, W/p) of images; for tokens
+            (B, N, D), also (B, N); otherwise anything that broadcasts to `input`. It is never expanded.
+        patch_size: p, side of the patches in pixels, which divides H and W; None when the mask is not a patch grid.
+        reduction: "masked_mean" (sum over the counted elements, divided by their number; 0 when there are none),
+            "sum" (over the counted elements), "mean" (that sum divided by the number of all elements; 0 when there are
+            none) or "none" (the shape of `input`, 0 where not counted).
+        normalize_target: replace each target patch x by (x - mean) / sqrt(variance + eps), with the unbiased variance,
+            as MAE does: over the C * p * p elements of a patch, or without `patch_size` over the last dimension, along
+            which the mask must then not vary. No gradient can flow to such a target.
+        eps: added to the variance; positive.
+        backend: "cpu", "reference", ...; None takes the first able one.
+
+    Returns:
+        A scalar, or a tensor of the shape of `input` for "none"; of the dtype of `input`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, tensors on different devices, or an unknown `reduction` or `backend`.
+        RuntimeError: `backend` is named and cannot run.
+    """
+    return _masked_loss("l2", input, target, mask, patch_size, reduction, 1.0, normalize_target, eps, backend)
+
+
+def masked_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | None = None,
+    reduction: str = "masked_mean",
+    normalize_target: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Absolute error |input - target| over the elements that `mask` counts: SimMIM's published loss.
+
+    The gradient is 0 where input = target. Arguments, result and errors: `masked_mse_loss`.
+    """
+    return _masked_loss("l1", input, target, mask, patch_size, reduction, 1.0, normalize_target, eps, backend)
+
+
+def masked_smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | None = None,
+    reduction: str = "masked_mean",
+    beta: float = 1.0,
+    normalize_target: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """With d = |input - target|: d^2 / (2 beta) below beta, d - beta / 2 above, over the elements that `mask` counts.
+
+    Args:
+        beta: where the square turns into the absolute value, in the units of `input`; not negative, 0 is
+            `masked_l1_loss`.
+
+    The other arguments, result and errors: `masked_mse_loss`.
+    """
+    beta = check_beta(beta)
+    kind = "smooth_l1" if beta > 0 else "l1"
+    return _masked_loss(kind, input, target, mask, patch_size, reduction, beta, normalize_target, eps, backend)
+
+
+def _masked_loss(
+    kind: str,
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    patch_size: int | None,
+    reduction: str,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+    backend: str | None,
+) -> Tensor:
+    check_options(patch_size, reduction, normalize_target, eps)
+    dtype = _check_tensors(input, target, mask)
+    mask = _fit_patches(mask, input, patch_size) if patch_size else _fit(mask, input)
+    if normalize_target:
+        _check_normalizable(input, target, mask, patch_size)
+    name = dispatch.select(Problem("masked_loss", input.device.type, dtype), backend)
+    need_grad = torch.is_grad_enabled() and (input.requires_grad or target.requires_grad)
+    shape = input.shape
+    if input.dim() > _MAX_DIMS:
+        # Where the mask differs between the leading dimensions they have to be one in the mask as well: a copy of the
+        # mask alone, and as small as its last three dimensions are.
+        mask = mask.expand(*shape[:-3], *mask.shape[-3:]).flatten(0, -_MAX_DIMS)
+        input, target = input.flatten(0, -_MAX_DIMS), target.flatten(0, -_MAX_DIMS)
+    loss, _ = torch.ops.fastattn.masked_loss(
+        input, target, mask, kind, reduction, patch_size or 0, beta, normalize_target, float(eps), need_grad, name
+    )
+    return loss.view(shape) if reduction == "none" and len(shape) > _MAX_DIMS else loss
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def check_beta(beta: float) -> float:
+    """Raises for a `beta` that no input could be right for."""
+    beta = _number("beta", beta)
+    if beta < 0:
+        raise ValueError(f"beta must not be negative, got {beta!r}")
+    return beta
+
+
+def check_options(patch_size: int | None, reduction: str, normalize_target: bool, eps: float) -> None:
+    """Raises for an option that no input could be right for."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if patch_size is not None:
+        if isinstance(patch_size, bool) or not isinstance(patch_size, int):
+            raise TypeError(f"patch_size must be an int or None, got {type(patch_size).__name__}")
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    if not isinstance(normalize_target, bool):
+        raise TypeError(f"normalize_target must be a bool, got {type(normalize_target).__name__}")
+    if _number("eps", eps) <= 0:
+        raise ValueError(f"eps must be positive, got {eps!r}")
+
+
+def _check_tensors(input: Tensor, target: Tensor, mask: Tensor) -> torch.dtype:
+    """Checks what can be checked without the layout of the mask; returns the dtype that the operator will see."""
+    for name, tensor in (("input", input), ("target", target), ("mask", mask)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    for name, tensor in (("input", input), ("target", target)):
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"{name} must be of dtype {_ACCEPTED_DTYPES}, got {tensor.dtype}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be of dtype bool, True = counts; got {mask.dtype}: pass mask.bool()")
+    # Autocast brings both to float32, as it does for torch's own losses.
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if target.dtype != input.dtype and not autocast:
+        raise TypeError(f"target must have the dtype of input, {input.dtype}, got {target.dtype}")
+    if target.shape != input.shape:
+        raise ValueError(f"target must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}")
+    for name, tensor in (("target", target), ("mask", mask)):
+        if tensor.device != input.device:
+            raise ValueError(f"{name} must be on the device of input, {input.device}, got {tensor.device}")
+    return torch.float32 if autocast and input.dtype != torch.float64 else input.dtype
+
+
+def _fit_patches(mask: Tensor, input: Tensor, patch_size: int) -> Tensor:
+    """Checks a mask on the patch grid of images."""
+    if input.dim() != 4:
+        raise ValueError(f"input must be images (B, C, H, W) when patch_size is given, got {tuple(input.shape)}")
+    batch, _, height, width = input.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size must divide the height and width of input, got {patch_size} for {height} x {width}"
+        )
+    grid = (height // patch_size, width // patch_size)
+    if mask.dim() != 3 or mask.shape[0] not in (1, batch) or mask.shape[1] != grid[0] or mask.shape[2] != grid[1]:
+        raise ValueError(
+            f"mask must be the patch grid (B, H/p, W/p) = {(batch, *grid)} of input {tuple(input.shape)} with "
+            f"patch_size {patch_size}, got {tuple(mask.shape)}"
+        )
+    return mask
+
+
+def _fit(mask: Tensor, input: Tensor) -> Tensor:
+    """The mask with as many dimensions as `input`, each of its size or 1."""
+    # (B, N) counts tokens of (B, N, D), also where it could broadcast to (N, D).
+    if input.dim() == 3 and mask.dim() == 2 and mask.shape == input.shape[:2]:
+        return mask.unsqueeze(-1)
+    fits = mask.dim() <= input.dim() and all(
+        size in (1, of_input) for size, of_input in zip(reversed(mask.shape), reversed(input.shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"mask must broadcast to input {tuple(input.shape)}, or be (B, N) for tokens (B, N, D), or come with "
+            f"patch_size for images; got {tuple(mask.shape)}"
+        )
+    return mask.view((1,) * (input.dim() - mask.dim()) + tuple(mask.shape))
+
+
+def _check_normalizable(input: Tensor, target: Tensor, mask: Tensor, patch_size: int | None) -> None:
+    if target.requires_grad:
+        raise ValueError("target must not require grad with normalize_target: no gradient is defined through it")
+    if patch_size:
+        size = input.shape[1] * patch_size**2
+    elif input.dim() == 0:
+        size = 1
+    else:
+        size = input.shape[-1]
+        if mask.shape[-1] != 1:
+            raise ValueError(
+                "mask must not vary along the last dimension of input with normalize_target, which normalises over it; "
+                f"got {tuple(mask.shape)} for {tuple(input.shape)}"
+            )
+    if size < 2 and input.numel():
+        raise ValueError(
+            f"input must have at least 2 elements to normalise over with normalize_target, got {tuple(input.shape)}"
+        )
