@@ -1,0 +1,141 @@
+"""`verify`: many random cases against one target."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from fastattn.testing.adapters import Target, foreign_target, own_target
+from fastattn.testing.cases import (
+    Case,
+    LossCase,
+    WeightsCase,
+    dtype_name,
+    random_case,
+    random_loss_case,
+    random_weights_case,
+)
+from fastattn.testing.checks import FAIL, Check, check_attention, check_loss, check_weights
+from fastattn.testing.report import CaseResult, Report
+
+FAMILIES = ("attention", "weights", "loss")
+
+
+def resolve_target(text: str, signature: str | None = None) -> Target:
+    """A target from what the user wrote: a backend of ours, or module:function. ValueError when there is none."""
+    if ":" in text:
+        return foreign_target(text, signature)
+    return own_target(text)
+
+
+def parse_case(text: str) -> tuple[str, int]:
+    """``17`` -> ("attention", 17), ``loss:3`` -> ("loss", 3). ValueError otherwise."""
+    family, _, number = text.rpartition(":")
+    family = family or "attention"
+    if family not in FAMILIES or not number.isdigit():
+        raise ValueError(f"case must be K, weights:K or loss:K with K >= 0, got {text!r}")
+    return family, int(number)
+
+
+def verify(
+    target: Target | str,
+    n: int = 300,
+    seed: int = 0,
+    *,
+    signature: str | None = None,
+    forward_only: bool = False,
+    dtype: torch.dtype | None = None,
+    case: str | None = None,
+    loss: bool = True,
+    strict: bool | None = None,
+    device: str = "cpu",
+    progress: Callable[[CaseResult, int], None] | None = None,
+) -> Report:
+    """Runs `n` random attention problems of `seed` against `target`, and reports.
+
+    target: a `Target`, the name of one of our backends, or "module:function" (see `fastattn.testing.adapters`).
+    One of our backends also gets n / 5 problems of attention_weights and, unless `loss` is False, n / 2 of the masked
+    losses. case: run only this one ("17", "weights:3", "loss:5"). strict: hold a function with SDPA's signature to our
+    rules on empty rows and leaks, which SDPA does not promise (the default for ours, and for fastattn's signature).
+    progress: called after each case with its result and the number of cases.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if isinstance(target, str):
+        target = resolve_target(target, signature)
+    report = Report(target.name, target.signature, seed)
+    work = list(_work(target, n, seed, dtype, case, loss))
+    for family, problem in work:
+        started = time.perf_counter()
+        checks = _check(family, target, problem, forward_only, strict is not False and (strict or target.own), device)
+        seconds = time.perf_counter() - started
+        label = str(problem.index) if family == "attention" else f"{family}:{problem.index}"
+        command = _command(target, seed, label, forward_only, dtype, strict, device)
+        result = CaseResult(problem, label, checks, command, seconds)
+        report.results.append(result)
+        if progress is not None:
+            progress(result, len(work))
+    return report
+
+
+def _work(
+    target: Target, n: int, seed: int, dtype: torch.dtype | None, case: str | None, loss: bool
+) -> Iterator[tuple[str, Case | WeightsCase | LossCase]]:
+    makers = {"attention": random_case, "weights": random_weights_case, "loss": random_loss_case}
+    if case is not None:
+        family, index = parse_case(case)
+        if family != "attention" and not target.own:
+            raise ValueError(f"case {case!r} is for our backends only; {target.name} is an attention function")
+        yield family, makers[family](seed, index, dtype)
+        return
+    for index in range(n):
+        yield "attention", random_case(seed, index, dtype)
+    if target.own:
+        for index in range(n // 5):
+            yield "weights", random_weights_case(seed, index, dtype)
+        for index in range(n // 2 if loss else 0):
+            yield "loss", random_loss_case(seed, index, dtype)
+
+
+def _check(
+    family: str,
+    target: Target,
+    problem: Case | WeightsCase | LossCase,
+    forward_only: bool,
+    strict: bool,
+    device: str,
+) -> list[Check]:
+    try:
+        if isinstance(problem, Case):
+            strict = strict or target.signature == "fastattn"
+            return check_attention(target, problem, forward_only, strict, device)
+        if isinstance(problem, WeightsCase):
+            return check_weights(target.name, problem, device)
+        return check_loss(target.name, problem, device)
+    except Exception as error:  # a crash of the target is a finding about this case, and no reason to stop
+        return [Check("run", FAIL, f"{type(error).__name__}: {error}")]
+
+
+def _command(
+    target: Target,
+    seed: int,
+    label: str,
+    forward_only: bool,
+    dtype: torch.dtype | None,
+    strict: bool | None,
+    device: str,
+) -> str:
+    words = ["fastattn verify", target.name, f"--seed {seed}", f"--case {label}"]
+    if ":" in target.name:
+        words.append(f"--signature {target.signature}")
+    if forward_only:
+        words.append("--forward-only")
+    if dtype is not None:
+        words.append(f"--dtype {dtype_name(dtype)}")
+    if strict:
+        words.append("--strict")
+    if device != "cpu":
+        words.append(f"--device {device}")
+    return " ".join(words)
