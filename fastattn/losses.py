@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops
+from fastattn import (
+    dispatch,
+    ops,  # noqa: F401  registers torch.ops.fastattn
+)
 from fastattn.dispatch import KERNEL_DTYPES, Problem
 
 REDUCTIONS = ("masked_mean", "sum", "mean", "none")
@@ -35,8 +38,8 @@ def masked_mse_loss(
 ) -> Tensor:
     """Squared error (input - target)^2 over the elements that `mask` counts.
 
-    Loss and gradient come out of one pass over the counted elements; what is not counted is never read into either, so it
-    may hold NaN or Inf. Sums are made in a fixed order: two runs are bitwise equal, whatever the number of threads.
+    Loss and gradient come out of one pass over the counted elements; what is not counted is never read into either, so
+    it may hold NaN or Inf. Sums are made in a fixed order: two runs are bitwise equal, whatever the number of threads.
 
     Args:
         input: the prediction; float32, bfloat16, float16 or float64, any strides. Images (B, C, H, W), tokens

@@ -75,7 +75,8 @@ def masked_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and d loss / d input unless `reduction` is "none".
 
-    input, target: any shape, or (B, C, H, W) when patch_size > 0. mask: bool, broadcastable to input; or (B|1, H/p, W/p).
+    input, target: any shape, or (B, C, H, W) when patch_size > 0. mask: bool, broadcastable to input; or the patch grid
+    (B|1, H/p, W/p).
     """
     difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
     value = _value(difference, kind, beta)
