@@ -27,7 +27,8 @@ _ALIGNMENTS = ("top_left", "bottom_right")
 _LENGTH_DTYPES = (torch.int32, torch.int64)
 
 Lengths = Tensor | Sequence[int]
-TileBuilder = Callable[[list[Tensor], int, int, int, int], Sequence[Tensor]]
+Segmented = tuple[Tensor, Tensor]  # ids of the queries (B|1, L) and of the keys (B|1, S)
+TileBuilder = Callable[[list[Tensor], int, int, int, int], tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
 
 
 class KernelMask(NamedTuple):
@@ -450,18 +451,21 @@ class Mask:
         that torch does not see, through `.data` or numpy, goes unnoticed).
         """
         tensors = self.tensors()
-        # While tracing there is nothing to keep: the tensors are fake. Inference tensors count no versions.
-        keepable = not torch.compiler.is_compiling() and not any(t.is_inference() for t in tensors)
-        if keepable:
-            # A map made in inference mode cannot be saved for backward, hence the mode in the key.
-            key = (B, H, L, S, device, block_m, block_n, torch.is_inference_mode_enabled())
-            versions = tuple(t._version for t in tensors)
-            held = self._cache.get(key)
-            if held is not None and held[0] == versions:
-                return held[1]
+        # While tracing there is nothing to keep: the tensors are fake. Inference tensors count no versions. Without
+        # tensors, folding is as cheap as looking up.
+        if not tensors or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            self.validate(B, H, L, S, device)
+            return self._fold(L, S, block_m, block_n, build)
+        # A map made in inference mode cannot be saved for backward, hence the mode in the key.
+        key = (B, H, L, S, device, block_m, block_n, torch.is_inference_mode_enabled())
+        versions = tuple(t._version for t in tensors)
+        held = self._cache.get(key)
+        if held is not None and held[0] == versions:
+            return held[1]
         self.validate(B, H, L, S, device)
         form = self._fold(L, S, block_m, block_n, build)
-        if keepable and all(type(t) is Tensor for t in pytree.tree_leaves(form) if isinstance(t, Tensor)):
+        made = tensors if form.tile_map is None else (*tensors, form.tile_map.live)
+        if all(type(t) is Tensor for t in made):
             if len(self._cache) >= _CACHE_ENTRIES:
                 self._cache.clear()
             self._cache[key] = (versions, form)
@@ -472,7 +476,7 @@ class Mask:
         prefix_lengths: Tensor | None = None
         key_lengths: Tensor | None = None
         key_keep: Tensor | None = None
-        segments: tuple[Tensor, Tensor] | None = None
+        segments: Segmented | None = None
         dense: list[Tensor] = []
         for term in self.terms:
             if isinstance(term, Band):
@@ -497,29 +501,25 @@ class Mask:
             first_masks, rest = dense[: MAX_DENSE_MASKS - 1], dense[MAX_DENSE_MASKS - 1 :]
             for keep in rest[1:]:
                 rest = [rest[0] & keep]
-            tile_map = TileMap(*build(first_masks + rest, L, S, block_m, block_n), block_m, block_n, L, S)
-        return KernelMask(
-            None if band == [UNLIMITED] * 4 else (band[0], band[1], band[2], band[3]),
-            prefix_lengths,
-            key_lengths,
-            key_keep,
-            *(segments or (None, None)),
-            tile_map,
-        )
+            bits, live, full, live_t, full_t = build(first_masks + rest, L, S, block_m, block_n)
+            tile_map = TileMap(bits, live, full, live_t, full_t, block_m, block_n, L, S)
+        limits = None if band == [UNLIMITED] * 4 else (band[0], band[1], band[2], band[3])
+        query_segments, key_segments = segments or (None, None)
+        return KernelMask(limits, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, tile_map)
 
 
 def _smaller(lengths: Tensor | None, other: Tensor) -> Tensor:
     return other if lengths is None else torch.minimum(lengths, other)
 
 
-def _joined_segments(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _joined_segments(first: Segmented, second: Segmented) -> Segmented:
     """Ids that are equal exactly where both pairs are. Ranks stand for ids so that the product cannot overflow."""
     (first_q, first_k), (second_q, second_k) = _ranked(*first), _ranked(*second)
     base = first_q.shape[-1] + first_k.shape[-1]
     return first_q * base + second_q, first_k * base + second_k
 
 
-def _ranked(query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _ranked(query_ids: Tensor, key_ids: Tensor) -> Segmented:
     """Replaces ids by their rank in the row, in [0, L + S); every shape is static, unlike with `torch.unique`."""
     query_ids, key_ids = (ids.expand(max(query_ids.shape[0], key_ids.shape[0]), -1) for ids in (query_ids, key_ids))
     ids = torch.cat((query_ids, key_ids), dim=-1)

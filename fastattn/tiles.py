@@ -75,7 +75,8 @@ class TileMap:
     ) -> TileMap:
         """The map of the tile classes (Bm, Hm, nQ, nK): 0 empty, 1 partial, 2 full."""
         live, full = classes != EMPTY, classes == FULL
-        packed = (pack_bits(x) for x in (live, full, live.transpose(-1, -2), full.transpose(-1, -2)))
+        live_t, full_t = live.transpose(-1, -2), full.transpose(-1, -2)
+        packed = (pack_bits(live), pack_bits(full), pack_bits(live_t), pack_bits(full_t))
         return TileMap(bits, *packed, block_m, block_n, len_q, len_k)
 
     def transpose(self) -> TileMap:
