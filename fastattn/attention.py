@@ -25,8 +25,8 @@ class _Sizes(NamedTuple):
     dim_v: int
 
 
-def _describe(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def _describe(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
 
 
 def _refuse_inputs(query: Any, key: Any, value: Any) -> NoReturn:
@@ -40,7 +40,7 @@ def _refuse_inputs(query: Any, key: Any, value: Any) -> NoReturn:
                 f"{name} must have 4 dimensions: query (B, Hq, L, D), key (B, Hkv, S, D), value (B, Hkv, S, Dv); "
                 f"got {tuple(tensor.shape)}"
             )
-    seen = _describe(query=query, key=key, value=value)
+    seen = _describe(query, key, value)
     for name, tensor in (("key", key), ("value", value)):
         if tensor.device != query.device:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
@@ -88,19 +88,24 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
     """The dtype that the operator computes in."""
     dtype = query.dtype
     if dtype in KERNEL_DTYPES and dtype == key.dtype and dtype == value.dtype:
-        if torch.is_autocast_enabled(query.device.type):
+        if _autocasts(query.device):
             return _autocast_dtype(query)
         return dtype
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in KERNEL_DTYPES:
             raise TypeError(f"{name} must be {_ACCEPTED_DTYPES}, got {tensor.dtype}")
-    if torch.is_autocast_enabled(query.device.type):
+    if _autocasts(query.device):
         computed = {_autocast_dtype(tensor) for tensor in (query, key, value)}
         if len(computed) == 1:
             return computed.pop()
     raise TypeError(
         f"query, key and value must have the same dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}"
     )
+
+
+def _autocasts(device: torch.device) -> bool:
+    # Asking about the meta device, which has no autocast, raises.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype:
@@ -117,7 +122,7 @@ def _check_bias(bias: Any, query: Tensor, sizes: _Sizes) -> Tensor:
     if bias.dim() > 4:
         raise ValueError(f"{accepted} = {wanted}, got {tuple(bias.shape)}")
     if bias.dtype != query.dtype and bias.dtype != torch.float32:
-        autocast = torch.is_autocast_enabled(query.device.type) and bias.dtype in KERNEL_DTYPES
+        autocast = _autocasts(query.device) and bias.dtype in KERNEL_DTYPES
         if not autocast:
             raise TypeError(f"bias must have the dtype of query, {query.dtype}, or be float32, got {bias.dtype}")
     if bias.device != query.device:
@@ -172,6 +177,8 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 def _tile_builder(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     def build(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> tuple[Tensor, ...]:
+        if torch.compiler.is_exporting():
+            return ops.dense_for_export(dense)
         return torch.ops.fastattn.mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
 
     return build
@@ -379,7 +386,7 @@ def explain(
     return dispatch.explain_problem(problem, backend, notes)
 
 
-# Packed sequences ------------------------------------------------------------------------------------------------------
+# Packed sequences ----------------------------------------------------------------------------------------------------
 
 
 def attention_varlen(
@@ -479,7 +486,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, total: int, device: torch.devi
         raise ValueError(f"{name} must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != device:
         raise ValueError(f"{name} must be on the device of query, {device}, got {cu_seqlens.device}")
-    # Values are checked where that costs no synchronisation. Elsewhere wrong ones select wrong pairs, never wrong memory.
+    # Values are checked where that costs no synchronisation. Elsewhere wrong ones select wrong pairs, not wrong memory.
     if device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
         starts = cu_seqlens.tolist()
         if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
@@ -505,7 +512,7 @@ def _segment_ids(cu_seqlens: Tensor, total: int, outside: int) -> Tensor:
     return torch.where(inside, ids, outside).unsqueeze(0)
 
 
-# torch's signature -----------------------------------------------------------------------------------------------------
+# torch's signature ---------------------------------------------------------------------------------------------------
 
 
 def scaled_dot_product_attention(
@@ -534,10 +541,11 @@ def scaled_dot_product_attention(
         raise RuntimeError("attn_mask must be None when is_causal is set: give the mask or the flag, not both")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a bool or float tensor, got {type(attn_mask).__name__}")
-    rank = max(query.dim(), key.dim(), value.dim())
     lead: tuple[int, ...] | None = None
-    if rank != 4 or query.shape[:2] != key.shape[:2] or key.shape[:2] != value.shape[:2]:
-        query, key, value, lead = _to_four(query, key, value, enable_gqa, rank)
+    shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
+    head = 1 if enable_gqa else 2  # with enable_gqa the heads may differ: they are shared out, not broadcast
+    if not (len(shape_q) == len(shape_k) == len(shape_v) == 4 and shape_q[:head] == shape_k[:head] == shape_v[:head]):
+        query, key, value, lead = _to_four(query, key, value, enable_gqa)
         if attn_mask is not None:
             attn_mask = _mask_to_four(attn_mask, lead)
     mask: Mask | Tensor | None = Mask.causal() if is_causal else None
@@ -547,23 +555,33 @@ def scaled_dot_product_attention(
             mask = attn_mask
         else:
             bias = attn_mask
-    out = attention(query, key, value, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale)
+    out, _ = _attention_with_seed(
+        *(query, key, value),
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+        dropout_seed=_draw_seed(dropout_p, query.device),
+        backend=None,
+    )
     return out if lead is None or len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
 def _to_four(
-    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, rank: int
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """The inputs with 4 dimensions, and the leading dimensions of the output."""
-    seen = _describe(query=query, key=key, value=value)
-    if enable_gqa and rank < 3:
-        raise ValueError(f"query, key and value must have at least 3 dimensions with enable_gqa, got {seen}")
-    # With enable_gqa the head dimension stands apart: it is repeated, not broadcast.
-    heads = 1 if enable_gqa and rank >= 3 else 0
+    heads = 1 if enable_gqa else 0
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise ValueError(
+            f"query, key and value must have at least 3 dimensions with enable_gqa, got {_describe(query, key, value)}"
+        )
     try:
         lead = torch.broadcast_shapes(*(x.shape[: x.dim() - 2 - heads] for x in (query, key, value)))
     except RuntimeError as error:
-        raise ValueError(f"the leading dimensions of query, key and value must broadcast, got {seen}") from error
+        raise ValueError(
+            f"the leading dimensions of query, key and value must broadcast, got {_describe(query, key, value)}"
+        ) from error
 
     def four(x: Tensor) -> Tensor:
         own = x.shape[x.dim() - 2 - heads :]

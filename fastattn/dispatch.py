@@ -10,7 +10,7 @@ import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import ModuleType, TracebackType
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ def _import_native() -> str | None:
 NATIVE_FAILURE: str | None = _import_native()
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str) -> ModuleType:
     """The module with the functions of a backend."""
     return importlib.import_module(BACKENDS[name].module)

@@ -79,12 +79,19 @@ def flatten_mask(mask: KernelMask | None) -> tuple[Any, ...]:
 _NO_MASK: tuple[Any, ...] = ([], *[None] * 10, 0, 0)
 
 
-def unflatten_mask(arguments: tuple[Any, ...], len_q: int, len_k: int) -> KernelMask | None:
+def unflatten_mask(arguments: tuple[Any, ...], len_q: int, len_k: int, backend: str) -> KernelMask | None:
     """The inverse of `flatten_mask`."""
-    band, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, bits, *tiles = arguments
+    band, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, bits = arguments[:7]
     present = (prefix_lengths, key_lengths, key_keep, query_segments, key_segments, bits)
     if not band and all(x is None for x in present):
         return None
+    tile_map = None
+    if bits is not None:
+        live, full, live_t, full_t, block_m, block_n = arguments[7:]
+        if bits.dtype == torch.bool:  # an exported program carries the mask itself; see `dense_for_export`
+            sizes = (len_q, len_k, block_m, block_n)
+            bits, live, full, live_t, full_t = dispatch.load(backend).mask_tiles([bits], *sizes)
+        tile_map = TileMap(bits, live, full, live_t, full_t, block_m, block_n, len_q, len_k)
     return KernelMask(
         band=tuple(band) if band else None,
         prefix_lengths=prefix_lengths,
@@ -92,8 +99,20 @@ def unflatten_mask(arguments: tuple[Any, ...], len_q: int, len_k: int) -> Kernel
         key_keep=key_keep,
         query_segments=query_segments,
         key_segments=key_segments,
-        tile_map=None if bits is None else TileMap(bits, *tiles, len_q, len_k),
+        tile_map=tile_map,
     )
+
+
+def dense_for_export(dense: list[Tensor]) -> tuple[Any, ...]:
+    """What stands in an exported program for the five tensors of mask_tiles: the mask, packed when the operator runs.
+
+    The sizes of a tile map depend on whether a length fills one word of 64 bits or more, which would bind an exported
+    program to one side of that limit.
+    """
+    keep = dense[0]
+    for other in dense[1:]:
+        keep = keep & other
+    return keep, None, None, None, None
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -101,7 +120,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Attention -------------------------------------------------------------------------------------------------------------
+# Attention -----------------------------------------------------------------------------------------------------------
 
 
 def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,7 +130,7 @@ def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     scale, dropout_p, dropout_seed, backend = rest[_NUM_MASK:]
-    mask = unflatten_mask(rest[:_NUM_MASK], query.shape[2], key.shape[2])
+    mask = unflatten_mask(rest[:_NUM_MASK], query.shape[2], key.shape[2], backend)
     return dispatch.load(backend).attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed)
 
 
@@ -140,7 +159,7 @@ def _run_backward(
     query, key, value, out, lse = tensors
     bias, *tail = rest
     scale, dropout_p, dropout_seed, backend, need_grad_bias = tail[_NUM_MASK:]
-    mask = unflatten_mask(tuple(tail[:_NUM_MASK]), query.shape[2], key.shape[2])
+    mask = unflatten_mask(tuple(tail[:_NUM_MASK]), query.shape[2], key.shape[2], backend)
     if grad_out.stride(-1) != 1:  # an expanded gradient, such as that of a sum
         grad_out = grad_out.contiguous()
     grad_bias = dispatch.load(backend).attention_backward(
@@ -198,7 +217,7 @@ def _attention_packed_backward_fake(
 
 def _attention_weights(query: Tensor, key: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     scale, average_heads, dropout_p, dropout_seed, backend = rest[_NUM_MASK:]
-    mask = unflatten_mask(rest[:_NUM_MASK], query.shape[2], key.shape[2])
+    mask = unflatten_mask(rest[:_NUM_MASK], query.shape[2], key.shape[2], backend)
     return dispatch.load(backend).attention_weights(
         query, key, lse, bias, mask, scale, average_heads, dropout_p, dropout_seed
     )
@@ -215,7 +234,7 @@ def _attention_weights_backward(
     grad_weights: Tensor, query: Tensor, key: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scale, average_heads, dropout_p, dropout_seed, backend, need_grad_bias = rest[_NUM_MASK:]
-    mask = unflatten_mask(rest[:_NUM_MASK], query.shape[2], key.shape[2])
+    mask = unflatten_mask(rest[:_NUM_MASK], query.shape[2], key.shape[2], backend)
     grad_query, grad_key, grad_bias, grad_lse = dispatch.load(backend).attention_weights_backward(
         *(grad_weights, query, key, lse, bias, mask, scale, average_heads, dropout_p, dropout_seed, need_grad_bias)
     )
@@ -233,7 +252,7 @@ def _attention_weights_backward_fake(
     )
 
 
-# Autograd --------------------------------------------------------------------------------------------------------------
+# Autograd ------------------------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, rest: tuple[Any, ...]) -> None:
@@ -306,7 +325,7 @@ def _attention_weights_gradients(ctx: Any, grad_weights: Tensor | None) -> tuple
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *nothing
 
 
-# Mask tiles ------------------------------------------------------------------------------------------------------------
+# Mask tiles ----------------------------------------------------------------------------------------------------------
 
 
 def _mask_tiles(masks: list[Tensor], *rest: Any) -> tuple[Tensor, ...]:
@@ -333,7 +352,7 @@ def _mask_tiles_fake(
     )
 
 
-# Masked loss -----------------------------------------------------------------------------------------------------------
+# Masked loss ---------------------------------------------------------------------------------------------------------
 
 
 def _masked_loss(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -457,7 +476,8 @@ def _attention_flops(query: Any, key: Any, value: Any, bias: Any, *rest: Any, **
 
 
 def _attention_backward_flops(grad_out: Any, grad_lse: Any, *rest: Any, **kwargs: Any) -> int:
-    return _flops(*rest[:3], rest[6 : 6 + _NUM_MASK], 3, 2)
+    query, key, value, out, lse, bias, *mask = rest
+    return _flops(query, key, value, tuple(mask[:_NUM_MASK]), 3, 2)
 
 
 def _attention_packed_flops(qkv: Any, bias: Any, *rest: Any, **kwargs: Any) -> int:
@@ -500,7 +520,7 @@ def _autocast_kernel(name: str, key: str, device_type: str, positions: tuple[int
     return kernel
 
 
-# Registration ----------------------------------------------------------------------------------------------------------
+# Registration --------------------------------------------------------------------------------------------------------
 
 _ONCE = (
     "the gradient cannot be differentiated again: fastattn has no second derivatives. Use backend-independent torch "
