@@ -1,0 +1,330 @@
+// The Python module fastattn._native: the only C++ file that knows Python. It knows no tensor library either: a tensor comes
+// as (data pointer, strides, dtype code), and fastattn/backends/native.py makes these from torch tensors, allocates every
+// output and the workspace, and has checked what the kernels rely on.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+#include "core/mask.h"
+#include "core/params.h"
+#include "core/philox.h"
+#include "cpu/dispatch.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace fastattn;
+
+namespace pybind11::detail {
+
+// None, or (pointer, strides, dtype code). Read through the C API: a call hands over a dozen of them.
+template <>
+struct type_caster<TensorRef> {
+  PYBIND11_TYPE_CASTER(TensorRef, const_name("tuple[int, tuple[int, ...], int] | None"));
+
+  bool load(handle source, bool) {
+    value = TensorRef{};
+    if (source.is_none()) return true;
+    PyObject* const tuple = source.ptr();
+    if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 3) return false;
+    PyObject* const strides = PyTuple_GET_ITEM(tuple, 1);
+    if (!PyTuple_Check(strides) || PyTuple_GET_SIZE(strides) > 4) return false;
+    value.ptr = reinterpret_cast<void*>(PyLong_AsSize_t(PyTuple_GET_ITEM(tuple, 0)));
+    for (Py_ssize_t n = 0; n < PyTuple_GET_SIZE(strides); ++n)
+      value.stride[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(strides, n));
+    value.dtype = static_cast<DType>(PyLong_AsLong(PyTuple_GET_ITEM(tuple, 2)));
+    if (PyErr_Occurred()) throw error_already_set();
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+template <typename T>
+T* pointer(const TensorRef& tensor) {
+  return static_cast<T*>(tensor.ptr);
+}
+
+// (band_low, band_high, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, bits, live, full, live_t, full_t,
+// block_m, block_n), or None.
+MaskParams mask_params(const py::object& source) {
+  MaskParams mask;
+  if (source.is_none()) return mask;
+  const auto parts = py::cast<py::tuple>(source);
+  const auto tensor = [&](int index) { return py::cast<TensorRef>(parts[index]); };
+  mask.band_low = py::cast<int64_t>(parts[0]);
+  mask.band_high = py::cast<int64_t>(parts[1]);
+  const TensorRef prefix = tensor(2), lengths = tensor(3), keep = tensor(4), query_ids = tensor(5), key_ids = tensor(6);
+  mask.prefix_lengths = pointer<int64_t>(prefix);
+  mask.stride_prefix_b = prefix.stride[0];
+  mask.key_lengths = pointer<int64_t>(lengths);
+  mask.stride_key_lengths_b = lengths.stride[0];
+  mask.key_keep = pointer<uint8_t>(keep);
+  mask.stride_keep_b = keep.stride[0];
+  mask.stride_keep_j = keep.stride[1];
+  mask.query_segments = pointer<int64_t>(query_ids);
+  mask.stride_qseg_b = query_ids.stride[0];
+  mask.stride_qseg_i = query_ids.stride[1];
+  mask.key_segments = pointer<int64_t>(key_ids);
+  mask.stride_kseg_b = key_ids.stride[0];
+  mask.stride_kseg_j = key_ids.stride[1];
+  const TensorRef bits = tensor(7), live = tensor(8), live_t = tensor(10);
+  mask.bits = pointer<uint64_t>(bits);
+  mask.stride_bits_b = bits.stride[0];
+  mask.stride_bits_h = bits.stride[1];
+  mask.words_per_row = bits.stride[2];
+  mask.live = pointer<uint64_t>(live);
+  mask.full = pointer<uint64_t>(tensor(9));
+  mask.stride_map_b = live.stride[0];
+  mask.stride_map_h = live.stride[1];
+  mask.map_words_per_row = live.stride[2];
+  mask.live_t = pointer<uint64_t>(live_t);
+  mask.full_t = pointer<uint64_t>(tensor(11));
+  mask.stride_map_t_b = live_t.stride[0];
+  mask.stride_map_t_h = live_t.stride[1];
+  mask.map_t_words_per_row = live_t.stride[2];
+  mask.block_m = py::cast<int64_t>(parts[12]);
+  mask.block_n = py::cast<int64_t>(parts[13]);
+  return mask;
+}
+
+// The part of the arguments that every attention operation takes.
+// sizes: (batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v).
+template <typename Params>
+Params attention_params(const py::tuple& sizes, double scale, const TensorRef& query, const TensorRef& key,
+                        const TensorRef& value, const TensorRef& bias, const py::object& mask, double dropout_p,
+                        uint64_t dropout_seed, const TensorRef& lse, int num_threads) {
+  Params params;
+  int64_t* const fields[] = {&params.batch, &params.heads_q, &params.heads_kv, &params.len_q,
+                             &params.len_k, &params.dim_qk,  &params.dim_v};
+  int n = 0;
+  for (int64_t* field : fields) *field = py::cast<int64_t>(sizes[n++]);
+  params.scale = scale;
+  params.query = query;
+  params.key = key;
+  params.value = value;
+  params.bias = bias;
+  params.mask = mask_params(mask);
+  params.dropout = {dropout_p, dropout_seed};
+  params.lse = lse;
+  params.num_threads = cpu::effective_threads(num_threads);
+  return params;
+}
+
+// A launch in two steps, so that Python allocates the workspace in between: the constructor fills the parameters,
+// `workspace_bytes` tells how much they need, `run` runs without the GIL.
+template <typename Params>
+py::class_<Params> launch(py::module_& module, const char* name, int64_t (*workspace)(const Params&),
+                          void (*kernel)(const Params&)) {
+  return py::class_<Params>(module, name)
+      .def_property_readonly("workspace_bytes", workspace)
+      .def(
+          "run",
+          [kernel](Params& params, uintptr_t workspace_ptr, int64_t workspace_bytes) {
+            params.workspace = reinterpret_cast<void*>(workspace_ptr);
+            params.workspace_bytes = workspace_bytes;
+            const py::gil_scoped_release release;
+            kernel(params);
+          },
+          py::arg("workspace") = 0, py::arg("workspace_bytes") = 0);
+}
+
+#define FASTATTN_SHARED                                                                                        \
+  const py::tuple &sizes, double scale, const TensorRef &query, const TensorRef &key, const TensorRef &value,  \
+      const TensorRef &bias, const py::object &mask, double dropout_p, uint64_t dropout_seed,                  \
+      const TensorRef &lse, int num_threads
+#define FASTATTN_SHARED_PARAMS(Params) \
+  attention_params<Params>(sizes, scale, query, key, value, bias, mask, dropout_p, dropout_seed, lse, num_threads)
+
+void bind_attention(py::module_& module) {
+  launch<AttentionForwardParams>(module, "AttentionForward", cpu::attention_forward_workspace, cpu::attention_forward)
+      .def(py::init([](FASTATTN_SHARED, const TensorRef& out) {
+        auto params = FASTATTN_SHARED_PARAMS(AttentionForwardParams);
+        params.out = out;
+        return params;
+      }));
+  launch<AttentionBackwardParams>(module, "AttentionBackward", cpu::attention_backward_workspace,
+                                  cpu::attention_backward)
+      .def(py::init([](FASTATTN_SHARED, const TensorRef& out, const TensorRef& grad_out, const TensorRef& grad_lse,
+                       const TensorRef& grad_query, const TensorRef& grad_key, const TensorRef& grad_value,
+                       const TensorRef& grad_bias) {
+        auto params = FASTATTN_SHARED_PARAMS(AttentionBackwardParams);
+        params.out = out;
+        params.grad_out = grad_out;
+        params.grad_lse = grad_lse;
+        params.grad_query = grad_query;
+        params.grad_key = grad_key;
+        params.grad_value = grad_value;
+        params.grad_bias = grad_bias;
+        return params;
+      }));
+  launch<AttentionWeightsParams>(module, "AttentionWeights", cpu::attention_weights_workspace, cpu::attention_weights)
+      .def(py::init([](FASTATTN_SHARED, const TensorRef& weights, bool average_heads) {
+        auto params = FASTATTN_SHARED_PARAMS(AttentionWeightsParams);
+        params.weights = weights;
+        params.average_heads = average_heads;
+        return params;
+      }));
+  launch<AttentionWeightsBackwardParams>(module, "AttentionWeightsBackward", cpu::attention_weights_backward_workspace,
+                                         cpu::attention_weights_backward)
+      .def(py::init([](FASTATTN_SHARED, const TensorRef& grad_weights, bool average_heads, const TensorRef& grad_query,
+                       const TensorRef& grad_key, const TensorRef& grad_lse, const TensorRef& grad_bias) {
+        auto params = FASTATTN_SHARED_PARAMS(AttentionWeightsBackwardParams);
+        params.grad_weights = grad_weights;
+        params.average_heads = average_heads;
+        params.grad_query = grad_query;
+        params.grad_key = grad_key;
+        params.grad_lse = grad_lse;
+        params.grad_bias = grad_bias;
+        return params;
+      }));
+}
+
+#undef FASTATTN_SHARED
+#undef FASTATTN_SHARED_PARAMS
+
+void bind_mask_tiles(py::module_& module) {
+  module.def("mask_tiles", [](const py::list& masks, const py::tuple& sizes, int64_t block_m, int64_t block_n,
+                              const py::tuple& outputs, int num_threads) {
+    MaskTilesParams params;
+    if (masks.size() > MaskTilesParams::kMaxMasks) throw py::value_error("too many masks");
+    for (const py::handle& item : masks) {
+      const auto mask = py::cast<TensorRef>(item);
+      params.mask[params.num_masks] = pointer<uint8_t>(mask);
+      for (int n = 0; n < 4; ++n) params.mask_stride[params.num_masks][n] = mask.stride[n];
+      ++params.num_masks;
+    }
+    int64_t* const fields[] = {&params.batch, &params.heads, &params.len_q, &params.len_k};
+    int n = 0;
+    for (int64_t* field : fields) *field = py::cast<int64_t>(sizes[n++]);
+    params.block_m = block_m;
+    params.block_n = block_n;
+    uint64_t** const pointers[] = {&params.bits, &params.live, &params.full, &params.live_t, &params.full_t};
+    n = 0;
+    for (uint64_t** output : pointers) *output = pointer<uint64_t>(py::cast<TensorRef>(outputs[n++]));
+    params.num_threads = cpu::effective_threads(num_threads);
+    const py::gil_scoped_release release;
+    cpu::mask_tiles(params);
+  });
+}
+
+void bind_masked_loss(py::module_& module) {
+  launch<MaskedLossParams>(module, "MaskedLoss", cpu::masked_loss_workspace, cpu::masked_loss)
+      .def(py::init([](int kind, int reduction, double beta, const py::tuple& size, int64_t patch_size,
+                       const TensorRef& input, const TensorRef& target, const TensorRef& mask, bool normalize_target,
+                       double normalize_eps, const TensorRef& loss, const TensorRef& grad_input,
+                       const TensorRef& grad_loss, int num_threads) {
+        MaskedLossParams params;
+        params.kind = static_cast<LossKind>(kind);
+        params.reduction = static_cast<Reduction>(reduction);
+        params.beta = beta;
+        for (int n = 0; n < 4; ++n) {
+          params.size[n] = py::cast<int64_t>(size[n]);
+          params.mask_stride[n] = mask.stride[n];
+        }
+        params.patch_size = patch_size;
+        params.input = input;
+        params.target = target;
+        params.mask = pointer<uint8_t>(mask);
+        params.normalize_target = normalize_target;
+        params.normalize_eps = normalize_eps;
+        params.loss = loss;
+        params.grad_input = grad_input;
+        params.grad_loss = grad_loss;
+        params.num_threads = cpu::effective_threads(num_threads);
+        return params;
+      }));
+}
+
+// The rules of csrc/core, element by element and tile by tile, for the tests that compare every implementation of them.
+void bind_rules(py::module_& module) {
+  // out: uint8 [B, H, L, S] contiguous, whether the pair may attend
+  module.def("mask_elements", [](const py::object& mask_source, int64_t B, int64_t H, int64_t L, int64_t S,
+                                 const TensorRef& out) {
+    const MaskParams mask = mask_params(mask_source);
+    uint8_t* element = pointer<uint8_t>(out);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t i = 0; i < L; ++i)
+          for (int64_t j = 0; j < S; ++j) *element++ = may_attend(mask, b, h, i, j);
+  });
+  // out: uint8 [B, H, ceil(L / block_m), ceil(S / block_n)] contiguous, 0 empty, 1 partial, 2 full
+  module.def("mask_tile_classes", [](const py::object& mask_source, int64_t B, int64_t H, int64_t L, int64_t S,
+                                     int64_t block_m, int64_t block_n, const TensorRef& out) {
+    if (block_m < 1 || block_n < 1 || block_n > 64) throw py::value_error("block_m >= 1 and 1 <= block_n <= 64");
+    const MaskParams mask = mask_params(mask_source);
+    uint8_t* tile = pointer<uint8_t>(out);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t i = 0; i < L; i += block_m)
+          for (int64_t j = 0; j < S; j += block_n)
+            *tile++ = static_cast<uint8_t>(
+                tile_class(mask, b, h, i, min64(i + block_m, L), j, min64(j + block_n, S)));
+  });
+  module.def("philox", [](uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    const PhiloxBlock block = philox4x32(seed, c0, c1, c2, c3);
+    return py::make_tuple(block.word[0], block.word[1], block.word[2], block.word[3]);
+  });
+  // out: uint8 [B, H, L, S] contiguous, whether dropout keeps the element
+  module.def("dropout_elements", [](double p, uint64_t seed, int64_t B, int64_t H, int64_t L, int64_t S,
+                                    const TensorRef& out) {
+    uint8_t* element = pointer<uint8_t>(out);
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t h = 0; h < H; ++h)
+        for (int64_t i = 0; i < L; ++i)
+          for (int64_t j = 0; j < S; ++j) *element++ = dropout_keeps({p, seed}, b, h, i, j);
+  });
+}
+
+py::tuple supported_levels() {
+  const char* names[cpu::kMaxLevels];
+  const int count = cpu::supported_levels(names);
+  py::tuple levels(count);
+  for (int n = 0; n < count; ++n) levels[n] = names[n];
+  return levels;
+}
+
+// The level in use; ValueError when FASTATTN_CPU_LEVEL asks for one that is not to be had.
+std::string level() {
+  if (const char* const name = cpu::level_name()) return name;
+  std::string accepted;
+  for (const py::handle& name : supported_levels()) accepted += (accepted.empty() ? "" : ", ") + py::cast<std::string>(name);
+  throw py::value_error("FASTATTN_CPU_LEVEL must be one of " + accepted + " on this CPU, got '" +
+                        std::string(std::getenv("FASTATTN_CPU_LEVEL")) + "'");
+}
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "g++ " __VERSION__;
+#endif
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  info["levels"] = supported_levels();
+  info["level"] = level();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "CPU kernels of fastattn; called by fastattn/backends/native.py only.";
+  level();  // a level that cannot be had is an error at import, not a crash at the first call
+  module.def("level", level);
+  module.def("supported_levels", supported_levels);
+  module.def("build_info", build_info);
+  module.attr("TILE_M") = cpu::kTileM;
+  module.attr("TILE_N") = cpu::kTileN;
+  bind_attention(module);
+  bind_mask_tiles(module);
+  bind_masked_loss(module);
+  bind_rules(module);
+}

@@ -1,0 +1,124 @@
+// Chooses the instruction level at run time and forwards every kernel to it. Compiled without any instruction flag: this is
+// what runs before the CPU is known.
+#include "dispatch.h"
+
+#include <pthread.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace fastattn::cpu {
+namespace {  // INTERIM-BEGIN
+}
+#define FASTATTN_WEAK(ns) namespace ns { \
+  __attribute__((weak)) int64_t attention_forward_workspace(const AttentionForwardParams&);  __attribute__((weak)) void attention_forward(const AttentionForwardParams&); \
+  __attribute__((weak)) int64_t attention_backward_workspace(const AttentionBackwardParams&);  __attribute__((weak)) void attention_backward(const AttentionBackwardParams&); \
+  __attribute__((weak)) int64_t attention_weights_workspace(const AttentionWeightsParams&);  __attribute__((weak)) void attention_weights(const AttentionWeightsParams&); \
+  __attribute__((weak)) int64_t attention_weights_backward_workspace(const AttentionWeightsBackwardParams&);  __attribute__((weak)) void attention_weights_backward(const AttentionWeightsBackwardParams&); \
+  __attribute__((weak)) void mask_tiles(const MaskTilesParams&); __attribute__((weak)) int64_t masked_loss_workspace(const MaskedLossParams&); __attribute__((weak)) void masked_loss(const MaskedLossParams&); }
+FASTATTN_WEAK(baseline)
+FASTATTN_WEAK(avx2)
+FASTATTN_WEAK(avx512)  // INTERIM-END
+namespace {
+
+struct Kernels {
+  const char* name;
+  bool (*supported)();
+  int64_t (*attention_forward_workspace)(const AttentionForwardParams&);
+  void (*attention_forward)(const AttentionForwardParams&);
+  int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
+  void (*attention_backward)(const AttentionBackwardParams&);
+  int64_t (*attention_weights_workspace)(const AttentionWeightsParams&);
+  void (*attention_weights)(const AttentionWeightsParams&);
+  int64_t (*attention_weights_backward_workspace)(const AttentionWeightsBackwardParams&);
+  void (*attention_weights_backward)(const AttentionWeightsBackwardParams&);
+  void (*mask_tiles)(const MaskTilesParams&);
+  int64_t (*masked_loss_workspace)(const MaskedLossParams&);
+  void (*masked_loss)(const MaskedLossParams&);
+};
+
+#define FASTATTN_LEVEL(level)                                                                                    \
+  {#level, supports_##level, level::attention_forward_workspace, level::attention_forward,                       \
+   level::attention_backward_workspace, level::attention_backward, level::attention_weights_workspace,           \
+   level::attention_weights, level::attention_weights_backward_workspace, level::attention_weights_backward,     \
+   level::mask_tiles, level::masked_loss_workspace, level::masked_loss}
+
+[[maybe_unused]] bool supports_baseline() { return true; }
+[[maybe_unused]] bool supports_neon() { return true; }  // part of the AArch64 ABI
+#if defined(__x86_64__)
+// These ask the operating system too: registers that it does not save do not count.
+[[maybe_unused]] bool supports_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+[[maybe_unused]] bool supports_avx512() {
+  return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// From the narrowest to the widest.
+constexpr Kernels kLevels[] = {
+#if defined(FASTATTN_HAVE_BASELINE)
+    FASTATTN_LEVEL(baseline),
+#endif
+#if defined(FASTATTN_HAVE_AVX2)
+    FASTATTN_LEVEL(avx2),
+#endif
+#if defined(FASTATTN_HAVE_AVX512)
+    FASTATTN_LEVEL(avx512),
+#endif
+#if defined(FASTATTN_HAVE_NEON)
+    FASTATTN_LEVEL(neon),
+#endif
+};
+static_assert(sizeof kLevels / sizeof kLevels[0] <= kMaxLevels, "kMaxLevels is the longest list of levels");
+
+const Kernels* choose() {
+  const char* const asked = std::getenv("FASTATTN_CPU_LEVEL");
+  const Kernels* chosen = nullptr;
+  for (const Kernels& level : kLevels)
+    if (level.supported() && (!asked || !*asked || !std::strcmp(asked, level.name))) chosen = &level;
+  return chosen;
+}
+
+const Kernels* chosen() {
+  static const Kernels* const level = choose();
+  return level;
+}
+
+// OpenMP's threads do not survive fork: a parallel region in the child would wait for them for ever.
+bool forked = false;
+[[maybe_unused]] const int watches_fork = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+}  // namespace
+
+int supported_levels(const char* names[kMaxLevels]) {
+  int count = 0;
+  for (const Kernels& level : kLevels)
+    if (level.supported()) names[count++] = level.name;
+  return count;
+}
+
+const char* level_name() { return chosen() ? chosen()->name : nullptr; }
+
+int effective_threads(int requested) { return forked || requested < 1 ? 1 : requested; }
+
+#define FASTATTN_FORWARD(result, name, Params) \
+  result name(const Params& params) { if (!chosen()->name) throw std::runtime_error(#name " is not built yet"); return chosen()->name(params); }
+
+FASTATTN_FORWARD(int64_t, attention_forward_workspace, AttentionForwardParams)
+FASTATTN_FORWARD(void, attention_forward, AttentionForwardParams)
+FASTATTN_FORWARD(int64_t, attention_backward_workspace, AttentionBackwardParams)
+FASTATTN_FORWARD(void, attention_backward, AttentionBackwardParams)
+FASTATTN_FORWARD(int64_t, attention_weights_workspace, AttentionWeightsParams)
+FASTATTN_FORWARD(void, attention_weights, AttentionWeightsParams)
+FASTATTN_FORWARD(int64_t, attention_weights_backward_workspace, AttentionWeightsBackwardParams)
+FASTATTN_FORWARD(void, attention_weights_backward, AttentionWeightsBackwardParams)
+FASTATTN_FORWARD(void, mask_tiles, MaskTilesParams)
+FASTATTN_FORWARD(int64_t, masked_loss_workspace, MaskedLossParams)
+FASTATTN_FORWARD(void, masked_loss, MaskedLossParams)
+
+}  // namespace fastattn::cpu

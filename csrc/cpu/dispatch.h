@@ -1,0 +1,15 @@
+// The instruction levels of this build, and the one in use.
+#pragma once
+
+namespace fastattn::cpu {
+
+inline constexpr int kMaxLevels = 3;
+
+// Names of the levels of this build that this CPU can run, widest last; returns how many.
+int supported_levels(const char* names[kMaxLevels]);
+
+// Name of the level in use: FASTATTN_CPU_LEVEL of the environment, else the widest supported one; chosen at the first call.
+// nullptr when FASTATTN_CPU_LEVEL names something else.
+const char* level_name();
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,518 @@
+"""The compiled library: fills the parameter structs of csrc/core/params.h from torch tensors and calls the CPU kernels.
+
+The kernels read tensors in place, by pointer and strides. What they rely on is checked here, once (`_check_problem`,
+`_check_mask`), so that no call of an operator, however it was made, reads out of bounds. Importing this module raises
+ImportError when the library was not built.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn.masks import UNLIMITED, KernelMask
+from fastattn.tiles import WORD, TileMap
+
+# After torch: whichever OpenMP runtime torch brought serves the kernels as well, so there is one pool of threads.
+try:
+    from fastattn import _native  # type: ignore[attr-defined]
+except ImportError as error:
+    raise ImportError(f"fastattn was installed without its compiled library ({error})") from error
+
+TILE_M: int = _native.TILE_M
+TILE_N: int = _native.TILE_N
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType of params.h
+_KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}  # LossKind
+_REDUCTIONS = {"masked_mean": 0, "sum": 1, "mean": 2, "none": 3}  # Reduction
+
+_Ref = tuple[int, tuple[int, ...], int]  # a TensorRef: data pointer, strides in elements, dtype code
+
+
+def info() -> dict[str, Any]:
+    """What was built and what runs: "level" (in use), "levels" (this CPU can run), "compiler", "openmp" (version, None
+    without it), "threads"."""
+    return {**_native.build_info(), "threads": torch.get_num_threads()}
+
+
+# Tensors as the kernels see them -----------------------------------------------------------------------------------------
+
+
+def _ref(tensor: Tensor | None) -> _Ref | None:
+    """None stays None. The dtype code of bools and ints is not looked at."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), _DTYPE_CODES.get(tensor.dtype, 0))
+
+
+def _broadcast_ref(tensor: Tensor | None) -> _Ref | None:
+    """As `_ref`, with stride 0 in dimensions of size 1: these repeat over the problem's size."""
+    if tensor is None:
+        return None
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), strides, _DTYPE_CODES.get(tensor.dtype, 0)
+
+
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _run(launch: Any) -> None:
+    size = launch.workspace_bytes
+    if size:
+        workspace = torch.empty(size, dtype=torch.uint8)
+        launch.run(workspace.data_ptr(), size)
+    else:
+        launch.run()
+
+
+# Checks ------------------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
+    if not condition:
+        raise ValueError(
+            f"{name} must be {wanted}, got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on "
+            f"{tensor.device}"
+        )
+
+
+def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A tensor of the problem that the kernels read or write along a contiguous last dimension."""
+    fits = (
+        tuple(tensor.shape) == shape
+        and tensor.dtype == dtype
+        and tensor.device.type == "cpu"
+        and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
+    )
+    _require(fits, name, tensor, f"a CPU tensor of {dtype} {shape} with last stride 1")
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """On the CPU, of the dtype, and each dimension of the wanted size or 1."""
+    return (
+        tensor.dtype == dtype
+        and tensor.device.type == "cpu"
+        and tensor.dim() == len(shape)
+        and all(size == 1 or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True))
+    )
+
+
+def _check_problem(query: Tensor, key: Tensor, value: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    """The sizes (B, Hq, Hkv, L, S, D, Dv) of the problem; Dv is 0 without a value."""
+    B, Hq, L, D = query.shape
+    Hkv, S = key.shape[1:3]
+    Dv = 0 if value is None else value.shape[3]
+    if query.dtype not in _DTYPE_CODES:
+        raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {query.dtype}")
+    if Hq and (not Hkv or Hq % Hkv):
+        raise ValueError(f"the heads of query must be a multiple of those of key, got {Hq} and {Hkv}")
+    _check_like("query", query, (B, Hq, L, D), query.dtype)
+    _check_like("key", key, (B, Hkv, S, D), query.dtype)
+    if value is not None:
+        _check_like("value", value, (B, Hkv, S, Dv), query.dtype)
+    if bias is not None:
+        fits = bias.dtype in _DTYPE_CODES and _fits(bias, (B, Hq, L, S), bias.dtype)
+        _require(fits, "bias", bias, f"a CPU float tensor broadcastable to {(B, Hq, L, S)}")
+    return B, Hq, Hkv, L, S, D, Dv
+
+
+def _check_mask(mask: KernelMask, B: int, H: int, L: int, S: int) -> None:
+    expected: tuple[tuple[str, Tensor | None, tuple[int, ...], torch.dtype], ...] = (
+        ("prefix lengths", mask.prefix_lengths, (B,), torch.int64),
+        ("key lengths", mask.key_lengths, (B,), torch.int64),
+        ("key padding", mask.key_keep, (B, S), torch.bool),
+        ("query segments", mask.query_segments, (B, L), torch.int64),
+        ("key segments", mask.key_segments, (B, S), torch.int64),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None:
+            fits = _fits(tensor, shape, dtype) and tensor.shape[1:] == shape[1:]
+            _require(fits, f"mask: {name}", tensor, f"a CPU tensor of {dtype} {shape}, batch size 1 allowed")
+    if (mask.query_segments is None) != (mask.key_segments is None):
+        raise ValueError("mask: segments need the ids of the queries and of the keys")
+    if mask.tile_map is not None:
+        _check_tile_map(mask.tile_map, B, H, L, S)
+
+
+def _check_tile_map(tile_map: TileMap, B: int, H: int, L: int, S: int) -> None:
+    if tile_map.bits is None:
+        raise ValueError("mask: the tile map of a dense mask must carry its bits")
+    if tile_map.block_m < 1 or tile_map.block_n < 1 or tile_map.block_n % WORD:
+        raise ValueError(
+            f"mask: tiles of {tile_map.block_m} x {tile_map.block_n}: block_n must be a multiple of {WORD}"
+        )
+    tiles_q, tiles_k = -(-L // tile_map.block_m), -(-S // tile_map.block_n)
+    shapes = {
+        "bits": (L, -(-S // WORD)),
+        "live": (tiles_q, -(-tiles_k // WORD)),
+        "full": (tiles_q, -(-tiles_k // WORD)),
+        "live_t": (tiles_k, -(-tiles_q // WORD)),
+        "full_t": (tiles_k, -(-tiles_q // WORD)),
+    }
+    leading = tile_map.bits.shape[:2]
+    for name, shape in shapes.items():
+        tensor: Tensor = getattr(tile_map, name)
+        fits = (
+            _fits(tensor, (B, H, *shape), torch.int64)
+            and tensor.shape[:2] == leading
+            and tensor.shape[2:] == shape
+            and tensor.is_contiguous()
+        )
+        _require(fits, f"mask: {name} of the tile map", tensor, f"contiguous int64 of {(B, H, *shape)}")
+
+
+# The shared arguments ----------------------------------------------------------------------------------------------------
+
+
+def _mask_arguments(mask: KernelMask | None, B: int, H: int, L: int, S: int) -> tuple[Any, ...] | None:
+    """The MaskParams, as csrc/bindings.cpp reads them."""
+    if mask is None:
+        return None
+    _check_mask(mask, B, H, L, S)
+    low, high = -UNLIMITED, UNLIMITED
+    if mask.band is not None:
+        left_top, right_top, left_bottom, right_bottom = mask.band
+        low, high = -left_top, right_top
+        if left_bottom < UNLIMITED:
+            low = max(low, S - L - left_bottom)
+        if right_bottom < UNLIMITED:
+            high = min(high, S - L + right_bottom)
+    tiles: tuple[Any, ...] = (None, None, None, None, None, 0, 0)
+    if mask.tile_map is not None:
+        maps = mask.tile_map
+        tiles = (
+            *(_broadcast_leading(x) for x in (maps.bits, maps.live, maps.full, maps.live_t, maps.full_t)),
+            *(maps.block_m, maps.block_n),
+        )
+    vectors = (mask.prefix_lengths, mask.key_lengths)
+    rows = (mask.key_keep, mask.query_segments, mask.key_segments)
+    return low, high, *map(_broadcast_ref, vectors), *map(_broadcast_row, rows), *tiles
+
+
+def _broadcast_leading(tensor: Tensor | None) -> _Ref:
+    """(Bm, Hm, rows, words) contiguous: only the batch and the head repeat, a single row has its stride."""
+    assert tensor is not None
+    batch, heads, rows, words = tensor.shape
+    strides = (heads * rows * words if batch > 1 else 0, rows * words if heads > 1 else 0, words)
+    return tensor.data_ptr(), strides, 0
+
+
+def _broadcast_row(tensor: Tensor | None) -> _Ref | None:
+    """(B|1, N): only the batch repeats."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), (tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1)), 0
+
+
+def _shared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    bias: Tensor | None,
+    mask: KernelMask | None,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    lse: Tensor,
+) -> tuple[Any, ...]:
+    """The arguments that every attention launch begins with (csrc/bindings.cpp, attention_params)."""
+    sizes = _check_problem(query, key, value, bias)
+    B, Hq, _, L, S, _, _ = sizes
+    lse_dtype = _accumulation_dtype(query.dtype)
+    _require(
+        tuple(lse.shape) == (B, Hq, L) and lse.dtype == lse_dtype and lse.is_contiguous() and lse.device.type == "cpu",
+        "lse",
+        lse,
+        f"contiguous {lse_dtype} {(B, Hq, L)} on the CPU",
+    )
+    if dropout_p > 0 and dropout_seed is None:
+        raise ValueError("dropout_seed must be given when dropout_p > 0")
+    seed = int(dropout_seed.item()) % 2**64 if dropout_p > 0 and dropout_seed is not None else 0
+    arguments = (
+        *(sizes, scale, _ref(query), _ref(key), _ref(value), _broadcast_ref(bias)),
+        *(_mask_arguments(mask, B, Hq, L, S), dropout_p, seed, _ref(lse), torch.get_num_threads()),
+    )
+    return arguments
+
+
+def _unit_stride(tensor: Tensor) -> Tensor:
+    # An expanded gradient, such as that of a sum: no input of the user's, so copying it is no hidden copy.
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+# Attention ---------------------------------------------------------------------------------------------------------------
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: KernelMask | None,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, L, Dv) over memory (B, L, Hq, Dv), and lse (B, Hq, L) of the undropped scores."""
+    B, Hq, L, _ = query.shape
+    out = query.new_empty((B, L, Hq, value.shape[3])).transpose(1, 2)
+    lse = query.new_empty((B, Hq, L), dtype=_accumulation_dtype(query.dtype))
+    shared = _shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
+    _run(_native.AttentionForward(*shared, _ref(out)))
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    mask: KernelMask | None,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    need_grad_bias: bool,
+) -> Tensor | None:
+    """Writes the gradients of query, key and value; returns that of bias, or None."""
+    shared = _shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
+    grad_out, out = _unit_stride(grad_out), _unit_stride(out)
+    shape_out = (*query.shape[:3], value.shape[3])
+    for name, tensor, shape in (
+        ("out", out, shape_out),
+        ("grad_out", grad_out, shape_out),
+        ("grad_query", grad_query, tuple(query.shape)),
+        ("grad_key", grad_key, tuple(key.shape)),
+        ("grad_value", grad_value, tuple(value.shape)),
+    ):
+        _check_like(name, tensor, shape, query.dtype)
+    if grad_lse is not None:
+        _require(grad_lse.shape == lse.shape, "grad_lse", grad_lse, f"of lse's shape {tuple(lse.shape)}")
+        grad_lse = grad_lse.to(lse.dtype)
+    grad_bias = _new_grad_bias(bias, query, need_grad_bias)
+    _run(
+        _native.AttentionBackward(
+            *shared,
+            *(_ref(out), _ref(grad_out), _ref(grad_lse), _ref(grad_query), _ref(grad_key), _ref(grad_value)),
+            _broadcast_ref(grad_bias),
+        )
+    )
+    return None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+
+
+def _new_grad_bias(bias: Tensor | None, query: Tensor, wanted: bool) -> Tensor | None:
+    """Contiguous, in bias's own shape and in the accumulation dtype."""
+    if bias is None or not wanted:
+        return None
+    return torch.empty(bias.shape, dtype=_accumulation_dtype(query.dtype))
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    mask: KernelMask | None,
+    scale: float,
+    average_heads: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> Tensor:
+    """The attention probabilities after dropout: (B, L, S), or (B, Hq, L, S) when `average_heads` is False."""
+    shared = _shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
+    B, Hq, L, _ = query.shape
+    weights = query.new_empty((B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2]))
+    _run(_native.AttentionWeights(*shared, _weights_ref(weights), average_heads))
+    return weights
+
+
+def _weights_ref(weights: Tensor) -> _Ref | None:
+    # (B, L, S) is (B, 1, L, S) with stride 0 for the head.
+    return _ref(weights if weights.dim() == 4 else weights.unsqueeze(1).expand(-1, 2, -1, -1))
+
+
+def attention_weights_backward(
+    grad_weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    mask: KernelMask | None,
+    scale: float,
+    average_heads: bool,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+    need_grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of query, key, bias (or None) and lse; lse is an input of its own here: p = exp(s - lse)."""
+    shared = _shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
+    B, Hq, L, _ = query.shape
+    shape = (B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2])
+    fits = tuple(grad_weights.shape) == shape and grad_weights.dtype == query.dtype
+    _require(fits, "grad_weights", grad_weights, f"{query.dtype} {shape}")
+    grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
+    grad_bias = _new_grad_bias(bias, query, need_grad_bias)
+    _run(
+        _native.AttentionWeightsBackward(
+            *(*shared, _weights_ref(grad_weights), average_heads, _ref(grad_query), _ref(grad_key), _ref(grad_lse)),
+            _broadcast_ref(grad_bias),
+        )
+    )
+    return grad_query, grad_key, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_lse
+
+
+# Mask tiles --------------------------------------------------------------------------------------------------------------
+
+
+def mask_tiles(
+    masks: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Packs the AND of bool masks (B|1, H|1, L|1, S|1): bits, live, full, live_t, full_t of `TileMap`."""
+    B, H = torch.broadcast_shapes(*(mask.shape[:2] for mask in masks))
+    if block_m < 1 or block_n < 1 or block_n % WORD:
+        raise ValueError(f"block_m must be positive and block_n a multiple of {WORD}, got {block_m} and {block_n}")
+    for mask in masks:
+        fits = _fits(mask, (B, H, len_q, len_k), torch.bool)
+        _require(fits, "mask", mask, f"a CPU bool tensor broadcastable to {(B, H, len_q, len_k)}")
+    tiles_q, tiles_k = -(-len_q // block_m), -(-len_k // block_n)
+    words_q, words_k = -(-tiles_q // WORD), -(-tiles_k // WORD)
+    shapes = (
+        (len_q, -(-len_k // WORD)),
+        (tiles_q, words_k),
+        (tiles_q, words_k),
+        (tiles_k, words_q),
+        (tiles_k, words_q),
+    )
+    bits, live, full, live_t, full_t = (torch.empty((B, H, *shape), dtype=torch.int64) for shape in shapes)
+    _native.mask_tiles(
+        [_broadcast_ref(mask) for mask in masks],
+        (B, H, len_q, len_k),
+        block_m,
+        block_n,
+        tuple(map(_ref, (bits, live, full, live_t, full_t))),
+        torch.get_num_threads(),
+    )
+    return bits, live, full, live_t, full_t
+
+
+# Masked loss -------------------------------------------------------------------------------------------------------------
+
+
+def _loss_launch(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+    loss: Tensor | None,
+    grad_input: Tensor | None,
+    grad_loss: Tensor | None,
+) -> None:
+    """Fills MaskedLossParams: with patches input is (B, C, H, W), without it has at most 4 dimensions, led by ones."""
+    _require(input.dtype in _DTYPE_CODES and input.dim() <= 4, "input", input, "a float tensor of at most 4 dimensions")
+    _require(target.shape == input.shape and target.dtype == input.dtype, "target", target, f"{tuple(input.shape)}")
+    if patch_size:
+        B, _, height, width = input.shape
+        grid = (B, height // patch_size, width // patch_size)
+        fits = _fits(mask, grid, torch.bool) and height % patch_size == 0 and width % patch_size == 0
+        _require(fits and mask.shape[1:] == grid[1:], "mask", mask, f"a CPU bool patch grid {grid}")
+        mask_ref: _Ref | None = (mask.data_ptr(), (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:]), 0)
+    else:
+        fits = _fits(mask, tuple(input.shape), torch.bool)
+        _require(fits, "mask", mask, f"a CPU bool tensor broadcastable to {tuple(input.shape)}")
+        mask_ref = _broadcast_ref(_four_dims(mask))
+    refs = (None if x is None else _ref(_four_dims(x)) for x in (loss, grad_input, grad_loss))
+    _run(
+        _native.MaskedLoss(
+            *(_KINDS[kind], _REDUCTIONS[reduction], beta, tuple(_four_dims(input).shape), patch_size),
+            *(_ref(_four_dims(input)), _ref(_four_dims(target)), mask_ref, normalize_target, eps),
+            *(*refs, torch.get_num_threads()),
+        )
+    )
+
+
+def _four_dims(tensor: Tensor) -> Tensor:
+    return tensor[(None,) * (4 - tensor.dim())]
+
+
+def masked_loss(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss, and d loss / d input unless `reduction` is "none"."""
+    if reduction == "none":
+        loss = torch.empty_like(input)
+        _loss_launch(input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, loss, None, None)
+        return loss, None
+    loss = input.new_empty((), dtype=_accumulation_dtype(input.dtype))
+    grad_input = torch.empty_like(input) if need_grad else None
+    _loss_launch(input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, loss, grad_input, None)
+    return loss.to(input.dtype), grad_input
+
+
+def masked_loss_backward_none(
+    grad_loss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """d loss / d input for the upstream gradient of each element, for `reduction` "none"."""
+    _require(grad_loss.shape == input.shape and grad_loss.dtype == input.dtype, "grad_loss", grad_loss, "like input")
+    grad_input = torch.empty_like(input)
+    _loss_launch(
+        input, target, mask, kind, "none", patch_size, beta, normalize_target, eps, None, grad_input, grad_loss
+    )
+    return grad_input
+
+
+# The rules of csrc/core, for the tests that compare every implementation of them ------------------------------------------
+
+
+def mask_elements(mask: KernelMask, B: int, H: int, L: int, S: int) -> Tensor:
+    """Who may attend, bool (B, H, L, S), by `may_attend` of csrc/core/mask.h."""
+    out = torch.empty(B, H, L, S, dtype=torch.bool)
+    _native.mask_elements(_mask_arguments(mask, B, H, L, S), B, H, L, S, _ref(out))
+    return out
+
+
+def mask_tile_classes(mask: KernelMask, B: int, H: int, L: int, S: int, block_m: int, block_n: int) -> Tensor:
+    """Classes of the tiles, uint8 (B, H, nQ, nK), by `tile_class` of csrc/core/mask.h: 0 empty, 1 partial, 2 full."""
+    out = torch.empty(B, H, -(-L // block_m), -(-S // block_n), dtype=torch.uint8)
+    _native.mask_tile_classes(_mask_arguments(mask, B, H, L, S), B, H, L, S, block_m, block_n, _ref(out))
+    return out
+
+
+def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
+    """The four words of one Philox4x32-10 block, by csrc/core/philox.h."""
+    return _native.philox(seed, c0, c1, c2, c3)
+
+
+def philox_keep(seed: Tensor, p: float, B: int, H: int, L: int, S: int) -> Tensor:
+    """Which elements dropout keeps, bool (B, H, L, S), by `dropout_keeps` of csrc/core/philox.h."""
+    out = torch.empty(B, H, L, S, dtype=torch.bool)
+    _native.dropout_elements(p, int(seed.item()) % 2**64, B, H, L, S, _ref(out))
+    return out
