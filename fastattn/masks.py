@@ -540,10 +540,19 @@ def coerce(mask: object) -> Mask | None:
     raise TypeError(f"mask must be a Mask or a bool tensor (True = may attend), got {type(mask).__name__}")
 
 
-# A Mask is a container of its tensors, so that torch.export, vmap and the like see through it.
-pytree.register_constant(Band)
+# A Mask is a container of its tensors, so that torch.export, vmap and the like see through it. The names and
+# the safe globals let an exported program that takes a Mask be saved and loaded.
+pytree.register_pytree_node(
+    Band,
+    lambda band: ([], (band.left, band.right, band.align)),
+    lambda _, fields: Band(*fields),
+    serialized_type_name="fastattn.masks.Band",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda band: ([], (band.left, band.right, band.align)),
+)
 for _term in (PrefixLengths, KeyLengths, KeyKeep, Dense, Segments):
-    pytree.register_dataclass(_term)
+    pytree.register_dataclass(_term, serialized_type_name=f"fastattn.masks.{_term.__name__}")
 pytree.register_pytree_node(
     Mask,
     lambda mask: (list(mask.terms), None),
@@ -551,3 +560,4 @@ pytree.register_pytree_node(
     serialized_type_name="fastattn.masks.Mask",
     flatten_with_keys_fn=lambda mask: ([(pytree.SequenceKey(n), t) for n, t in enumerate(mask.terms)], None),
 )
+torch.serialization.add_safe_globals([Mask, Band, PrefixLengths, KeyLengths, KeyKeep, Dense, Segments])
