@@ -368,7 +368,7 @@ def _has_gradient(reduction: str, need_grad: bool) -> bool:
 
 def _masked_loss_fake(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     reduction, need_grad = rest[3], rest[8]
-    loss = input.new_empty(input.shape if reduction == "none" else ())
+    loss = torch.empty_like(input) if reduction == "none" else input.new_empty(())
     return loss, torch.empty_like(input) if _has_gradient(reduction, need_grad) else input.new_empty(0)
 
 
@@ -376,7 +376,7 @@ def _masked_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     input, target, mask, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.rest = tuple(rest)
-    ctx.has_gradient = _has_gradient(rest[1], rest[7])
+    ctx.has_gradient = _has_gradient(rest[1], rest[6])
     if ctx.has_gradient:
         # An output that is not marked as non-differentiable: a second derivative then arrives in the backward as its
         # gradient, and is refused there instead of being silently zero.
@@ -415,14 +415,15 @@ def _masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, grad_grad_input: 
 
 
 def _scaled(grad_input: Tensor, grad_loss: Tensor) -> Tensor:
-    # The plain `loss.backward()` needs no pass over the gradient at all. Only where reading the scalar is free, and
-    # nothing traces or differentiates this.
+    # The plain `loss.backward()` needs no pass over the gradient at all. Only where reading the scalar is free, nothing
+    # traces or differentiates this, and the graph is not kept: the caller gets the saved tensor itself.
     if (
         type(grad_loss) is Tensor
         and grad_loss.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
         and grad_loss.item() == 1.0
     ):
         return grad_input
