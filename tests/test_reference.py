@@ -283,3 +283,12 @@ def test_empty_problems(L, S):
     assert all(x.eq(0).all() for x in gradients)
     empty = [x[:0] for x in (q, k, v)]
     assert forward(*empty, Mask.causal().kernel_form(0, HQ, L, S, CPU))[0].shape == (0, HQ, L, DV)
+
+
+def test_no_heads():
+    q, k, v = (x[:, :0] for x in problem())
+    out, lse = forward(q, k, v, None)
+    gradients = backward(out, None, q, k, v, out, lse, None, torch.zeros(1, 1, 1, 1).double())
+    assert out.shape == (B, 0, L, DV) and gradients[1].shape == k.shape and gradients[3].eq(0).all()
+    weights = reference.attention_weights(q, k, lse, None, None, SCALE, True, 0.0, None)
+    assert weights.shape == (B, L, S) and weights.eq(0).all()

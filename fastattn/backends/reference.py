@@ -97,9 +97,10 @@ class _Problem:
         dropout_seed: Tensor | None,
     ) -> None:
         B, Hq, L, _ = query.shape
+        self.heads_kv = key.shape[1]
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.scale = scale
-        self.group = Hq // key.shape[1]
+        self.group = Hq // self.heads_kv if self.heads_kv else 1
         self.keep = expand(mask, B, Hq, L, key.shape[2], query.device)  # (B, Hq, L, S)
         # NaN and Inf where nobody may attend must not reach a product, where 0 * NaN = NaN: rows are replaced, not
         # multiplied by 0.
@@ -122,7 +123,7 @@ class _Problem:
 
     def per_kv_head(self, x: Tensor) -> Tensor:
         """Sums the query heads that share a key head: (B, Hq, S, D) -> (B, Hkv, S, D)."""
-        return x.unflatten(1, (-1, self.group)).sum(2)
+        return x.unflatten(1, (self.heads_kv, self.group)).sum(2)
 
     def probabilities(self, lse: Tensor) -> Tensor:
         """softmax(scores), before dropout; 0 on a row without keys, where lse is -inf and s - lse would be NaN."""
@@ -211,7 +212,8 @@ def attention_weights(
     """The attention probabilities after dropout: (B, L, S), or (B, Hq, L, S) when `average_heads` is False."""
     problem = _Problem(query, key, bias, mask, scale, dropout_p, dropout_seed)
     p = problem.dropout(problem.probabilities(lse))
-    return (p.mean(1) if average_heads else p).to(query.dtype).contiguous()
+    # Not mean(1), which is NaN without heads.
+    return (p.sum(1) / max(query.shape[1], 1) if average_heads else p).to(query.dtype).contiguous()
 
 
 def attention_weights_backward(
@@ -231,7 +233,7 @@ def attention_weights_backward(
     problem = _Problem(query, key, bias, mask, scale, dropout_p, dropout_seed)
     dp = grad_weights.to(problem.dtype)
     if average_heads:
-        dp = (dp / query.shape[1]).unsqueeze(1).expand(problem.keep.shape)
+        dp = (dp / max(query.shape[1], 1)).unsqueeze(1).expand(problem.keep.shape)
     ds = (problem.probabilities(lse) * problem.dropout(dp)).where(problem.keep, 0)
     dq, dk, grad_bias = problem.input_gradients(ds, bias if need_grad_bias else None)
     grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
