@@ -136,25 +136,16 @@ FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+// Sum of the lanes, in halves: a fixed order.
 template <typename V>
-FASTATTN_INLINE auto horizontal_sum(V v) {
-  auto sum = v[0];
-  for (unsigned lane = 1; lane < sizeof(V) / sizeof(v[0]); ++lane) sum += v[lane];
-  return sum;
-}
-FASTATTN_INLINE float sum(Vec<float> v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(v);
-#else
-  return horizontal_sum(v);
-#endif
-}
-FASTATTN_INLINE double sum(Vec<double> v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_pd(v);
-#else
-  return horizontal_sum(v);
-#endif
+FASTATTN_INLINE auto sum(V v) {
+  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half; half /= 2) {
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
+  }
+  return v[0];
 }
 // Largest lane; lanes are not NaN.
 template <typename V>

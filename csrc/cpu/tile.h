@@ -133,11 +133,11 @@ static void convert_rows(T* dst, int64_t ld, const void* src, DType dtype, int64
   }
 }
 
-// True when the rows of a tile can be read where they lie as operand B or A of gemm: compute type, and no column past dim is
-// touched. Rows far apart share few cache sets and pages, so those are copied as well.
+// True when the rows of a tile can be read where they lie, in whole vectors: compute type, and no column past dim is touched.
+// Rows far apart share few cache sets and many pages, so those are copied as well.
 template <typename T>
 FASTATTN_INLINE bool rows_in_place(DType dtype, int64_t stride, int dim) {
-  return dtype == kComputeDType<T> && dim % kWidth<T> == 0 && stride * static_cast<int64_t>(sizeof(T)) <= 1024;
+  return dtype == kComputeDType<T> && dim % kWidth<T> == 0 && stride <= 2 * dim;
 }
 
 // ---- transposing ----
@@ -165,13 +165,13 @@ FASTATTN_INLINE Vec<T> zip_high(Vec<T> a, Vec<T> b) {
 }
 #undef FASTATTN_ZIP
 
-// W x W block: dst[c][r] = sign * src[r][c]. log2(W) rounds of perfect shuffles.
+// W x W block: dst[c][r] = factor * src[r][c]. log2(W) rounds of perfect shuffles.
 template <typename T>
-static void transpose_block(T* dst, int64_t dst_ld, const T* src, int64_t src_ld, T sign) {
+static void transpose_block(T* dst, int64_t dst_ld, const T* src, int64_t src_ld, T factor) {
   constexpr int W = kWidth<T>;
   Vec<T> x[W], y[W];
 #pragma GCC unroll 16
-  for (int r = 0; r < W; ++r) x[r] = load(src + r * src_ld) * sign;
+  for (int r = 0; r < W; ++r) x[r] = load(src + r * src_ld) * factor;
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
 #pragma GCC unroll 8
@@ -186,10 +186,10 @@ static void transpose_block(T* dst, int64_t dst_ld, const T* src, int64_t src_ld
   for (int r = 0; r < W; ++r) store(dst + r * dst_ld, x[r]);
 }
 
-// dst[d][r] = sign * src[r][d] for r < rows, d < dim, converted to T; zero for rows <= r < round_up(rows, W); `ld` elements between the
-// rows of dst, ld >= round_up(rows, W). `sign` is 1 or -1. `staging` holds W rows of round_up(dim, W).
+// dst[d][r] = factor * src[r][d] for r < rows, d < dim, converted to T; zero for rows <= r < round_up(rows, W); `ld` elements
+// between the rows of dst, ld >= round_up(rows, W). `staging` holds W rows of round_up(dim, W).
 template <typename T>
-static void transpose_rows(T* dst, int64_t ld, const void* src, DType dtype, int64_t stride, int rows, int dim, T sign,
+static void transpose_rows(T* dst, int64_t ld, const void* src, DType dtype, int64_t stride, int rows, int dim, T factor,
                            T* staging) {
   constexpr int W = kWidth<T>;
   const int padded = round_up(dim, W);
@@ -205,10 +205,10 @@ static void transpose_rows(T* dst, int64_t ld, const void* src, DType dtype, int
       std::memset(staging + count * padded, 0, (W - count) * padded * sizeof(T));
     }
     int d = 0;
-    for (; d + W <= dim; d += W) transpose_block(dst + d * ld + r0, ld, from + d, from_ld, sign);
+    for (; d + W <= dim; d += W) transpose_block(dst + d * ld + r0, ld, from + d, from_ld, factor);
     // The last columns one by one: a block would write past the last row of dst.
     for (; d < dim; ++d)
-      for (int lane = 0; lane < W; ++lane) dst[d * ld + r0 + lane] = from[lane * from_ld + d] * sign;
+      for (int lane = 0; lane < W; ++lane) dst[d * ld + r0 + lane] = from[lane * from_ld + d] * factor;
   }
 }
 

@@ -1,0 +1,441 @@
+// Attention forward: O = softmax(scale Q K^T + bias) V with an online softmax, one pass over the keys.
+//
+// A work item is one (batch, head) and up to kMaxSubTiles x 48 query rows. It walks the key tiles (64 keys) that its rows can
+// reach; each is brought in once and used by every 48-row sub-tile of the item, unless the mask says that the pair is empty:
+//     S^T [64, 48]  = K [64, D] Q^T [D, 48]        Q^T is transposed once per item; K is read as it lies
+//     P^T [64, 48]  = 2^(c S^T - m), in place      c = scale log2 e; m, l: running maximum and sum, one lane a query
+//     O   [48, Dv] += P [48, 64] V [64, Dv]        broadcasts walk P^T forwards; V is read as it lies
+// Scores are kept transposed because then a query is a vector lane: row maximum and sum are plain vector operations, with
+// no horizontal reduction, and K, like V, needs no packing. Both tiles are copied to scratch only to change their type, to
+// pad a row to whole vectors, or because their rows lie far apart.
+//
+// Bytes, float, D = 64: Q^T 12 KB, S^T 12 KB, O 12 KB per sub-tile, K and V 16 KB each. S^T, one operand and the block of
+// the other stay in L1; an item (8 sub-tiles) stays in L2. Registers: gemm.h.
+//
+// No pair of a full tile meets mask code. In a partial tile dead keys at the ends are cut off; scores of the other dead
+// pairs are replaced, never added to, so NaN in a dead key does not spread; rows of V that are dead for the whole sub-tile
+// are replaced by zeros, because 0 * NaN is NaN.
+//
+// A row's result depends on its own sequence of key tiles only: not on threads, on the order of the items or on their size.
+#include "../core/softmax.h"
+#include "tile.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+constexpr int kMaxSubTiles = 8;
+constexpr int64_t kItemBytes = 256 * 1024;  // Q^T and O of an item: within L2 beside the tiles of K and V
+constexpr int64_t kItemsPerThread = 4;      // smaller items rather than idle threads
+
+// How the problem is cut up.
+struct Plan {
+  int sub_tiles;          // per item
+  int64_t rows_per_item;
+  int64_t items_per_head;
+  int64_t items;
+};
+
+template <typename T>
+static Plan make_plan(const AttentionForwardParams& p) {
+  const int64_t tiles = (p.len_q + kTileM - 1) / kTileM, heads = p.batch * p.heads_q;
+  const int64_t tile_bytes = kTileM * (p.dim_qk + p.dim_v) * static_cast<int64_t>(sizeof(T));
+  int64_t sub_tiles = max64(1, min64(kMaxSubTiles, kItemBytes / max64(1, tile_bytes)));
+  while (sub_tiles > 1 && heads * ((tiles + sub_tiles - 1) / sub_tiles) < kItemsPerThread * p.num_threads) --sub_tiles;
+  const int64_t items_per_head = (tiles + sub_tiles - 1) / sub_tiles;
+  if (items_per_head) sub_tiles = (tiles + items_per_head - 1) / items_per_head;  // even items
+  return {static_cast<int>(sub_tiles), sub_tiles * kTileM, items_per_head, heads * items_per_head};
+}
+
+// Scratch of one thread. Leading dimensions: rows of O and V take ld_v, rows of K and Q ld_k, rows of S^T and Q^T the
+// padded height of the sub-tile, at most kTileM.
+template <typename T>
+struct Scratch {
+  int64_t ld_k, ld_v;
+  T *query_t, *out, *row_max, *row_sum;  // per sub-tile
+  T *scores, *rescale;
+  T *key, *value, *live_value, *bias, *staging;
+};
+
+template <typename T>
+static Scratch<T> carve(Arena& arena, const AttentionForwardParams& p, const Plan& plan) {
+  constexpr int W = kWidth<T>;
+  Scratch<T> s;
+  s.ld_k = round_up(static_cast<int>(p.dim_qk), W);
+  s.ld_v = round_up(static_cast<int>(p.dim_v), W);
+  s.query_t = arena.take<T>(plan.sub_tiles * kTileM * s.ld_k);
+  s.out = arena.take<T>(plan.sub_tiles * kTileM * s.ld_v);
+  s.row_max = arena.take<T>(plan.sub_tiles * kTileM);
+  s.row_sum = arena.take<T>(plan.sub_tiles * kTileM);
+  s.scores = arena.take<T>(kTileN * kTileM);
+  s.rescale = arena.take<T>(kTileM);
+  s.key = arena.take<T>(kTileN * s.ld_k);
+  s.value = arena.take<T>(kTileN * s.ld_v);
+  s.live_value = arena.take<T>(kTileN * s.ld_v);
+  s.bias = arena.take<T>(p.bias ? kTileN * kTileM : 0);
+  s.staging = arena.take<T>(W * max64(s.ld_k, kTileN));
+  return s;
+}
+
+// ---- softmax of one tile, in place ----
+
+// What has to be done to the scores of a tile before the exponential.
+template <typename T>
+struct ScoreTerms {
+  T to_log2;                // c of the head of this file
+  const T* bias;            // [keys][ld] in units of log 2, or null
+  const uint64_t* allowed;  // [keys], bit r: row r may attend, or null
+  const uint64_t* kept;     // [keys], bit r: dropout keeps the probability, or null
+};
+
+// kVectors vectors of queries, `lane` the first of them. scores [keys][ld]. Writes probabilities (relative to the new running
+// maximum, after dropout) and the factor by which what was accumulated before must be rescaled.
+template <typename T, int kVectors, bool kReplace>
+static void softmax_lanes(T* scores, int64_t ld, int keys, int lane, T* row_max, T* row_sum, T* rescale,
+                          const ScoreTerms<T>& terms) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> minus_inf = broadcast(-kInfinity<T>);
+  Vec<T> to_log2 = broadcast(terms.to_log2), top[kVectors], old_max[kVectors], shift[kVectors], total[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) top[v] = minus_inf;
+  scores += lane;
+  for (int j = 0; j < keys; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* const at = scores + j * ld + v * W;
+      Vec<T> x = load<T>(at);
+      if constexpr (kReplace) {
+        if (terms.bias) x = fma(x, to_log2, load<T>(terms.bias + j * ld + lane + v * W));
+        if (terms.allowed) x = lanes_of<T>(terms.allowed[j] >> (lane + v * W)) ? x : minus_inf;
+        store(at, x);
+      }
+      top[v] = max(x, top[v]);
+    }
+  }
+  if (kReplace && terms.bias) to_log2 = broadcast(T(1));  // the bias is in log 2 units, and so is the sum
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    // The maximum is kept in units of log 2, rounded once: every factor uses this very number, so its rounding cancels.
+    old_max[v] = load<T>(row_max + lane + v * W);
+    const Vec<T> new_max = max(top[v] * to_log2, old_max[v]);
+    store(row_max + lane + v * W, new_max);
+    shift[v] = new_max == minus_inf ? zero<T>() : new_max;
+    total[v] = zero<T>();
+  }
+  for (int j = 0; j < keys; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* const at = scores + j * ld + v * W;
+      Vec<T> x = exp2(fma(load<T>(at), to_log2, -shift[v]));
+      total[v] += x;
+      if constexpr (kReplace) {
+        if (terms.kept) x = lanes_of<T>(terms.kept[j] >> (lane + v * W)) ? x : zero<T>();
+      }
+      store(at, x);
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const Vec<T> factor = exp2(old_max[v] - shift[v]);
+    store(rescale + lane + v * W, factor);
+    T* const sum = row_sum + lane + v * W;
+    store(sum, fma(load<T>(sum), factor, total[v]));
+  }
+}
+
+template <typename T, bool kReplace>
+static void softmax_tile(T* scores, int64_t ld, int keys, int padded_rows, T* row_max, T* row_sum, T* rescale,
+                         const ScoreTerms<T>& terms) {
+  constexpr int W = kWidth<T>;
+  int lane = 0;
+  for (; lane + 3 * W <= padded_rows; lane += 3 * W)
+    softmax_lanes<T, 3, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
+  if (lane + 2 * W <= padded_rows)
+    softmax_lanes<T, 2, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
+  else if (lane + W <= padded_rows)
+    softmax_lanes<T, 1, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
+}
+
+// Rows of O whose maximum grew.
+template <typename T>
+static void rescale_rows(T* out, int64_t ld, int rows, const T* factor) {
+  for (int r = 0; r < rows; ++r) {
+    if (factor[r] == T(1)) continue;
+    const Vec<T> f = broadcast(factor[r]);
+    for (int64_t d = 0; d < ld; d += kWidth<T>) store(out + r * ld + d, load<T>(out + r * ld + d) * f);
+  }
+}
+
+// ---- scores of few rows ----
+
+// With so few rows the lanes of S^T would be mostly empty: take products along D instead.
+template <typename T>
+constexpr int kDotRows = kWidth<T> / 4;
+
+// scores[j][r] = sum_d key[j][d] query[r][d]; dim is a multiple of the vector width, scores has one vector a key.
+template <typename T>
+static void dot_scores(T* scores, const T* key, int64_t ld_key, int keys, const T* query, int64_t ld_query, int rows, int64_t dim) {
+  constexpr int W = kWidth<T>;
+  for (int j = 0; j < keys; ++j) {
+    Vec<T> s = zero<T>();
+    for (int r = 0; r < rows; ++r) {
+      Vec<T> even = zero<T>(), odd = zero<T>();
+      int64_t d = 0;
+      for (; d + 2 * W <= dim; d += 2 * W) {
+        even = fma(load(key + j * ld_key + d), load(query + r * ld_query + d), even);
+        odd = fma(load(key + j * ld_key + d + W), load(query + r * ld_query + d + W), odd);
+      }
+      if (d < dim) even = fma(load(key + j * ld_key + d), load(query + r * ld_query + d), even);
+      s[r] = sum(even + odd);
+    }
+    store(scores + j * W, s);
+  }
+}
+
+// ---- one work item ----
+
+template <typename T>
+struct SubTile {
+  int64_t i0;
+  int rows, padded_rows;
+  bool started;  // O holds something
+  T *query_t, *out, *row_max, *row_sum;
+};
+
+// bias [keys][ld] = log2 e * bias of the tile, transposed.
+template <typename T>
+static void load_bias(T* dst, int64_t ld, const TensorRef& bias, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys,
+                      T* staging) {
+  const T log2e = static_cast<T>(kLog2E);
+  const void* const tile = element(bias.ptr, bias.dtype, b * bias.stride[0] + h * bias.stride[1] + i0 * bias.stride[2] +
+                                                             j0 * bias.stride[3]);
+  if (bias.stride[3] == 1) {
+    transpose_rows<T>(dst, ld, tile, bias.dtype, bias.stride[2], rows, keys, log2e, staging);
+    return;
+  }
+  for (int j = 0; j < keys; ++j)
+    for (int r = 0; r < ld; ++r)
+      dst[j * ld + r] = r < rows ? static_cast<T>(load_scalar(element(tile, bias.dtype, r * bias.stride[2] + j * bias.stride[3]),
+                                                              bias.dtype)) * log2e
+                                 : T(0);
+}
+
+template <typename T>
+static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, int64_t item) {
+  constexpr int W = kWidth<T>;
+  const int64_t bh = item / plan.items_per_head, b = bh / p.heads_q, h = bh % p.heads_q;
+  const int64_t h_kv = h / (p.heads_q / p.heads_kv);
+  const int64_t first_row = item % plan.items_per_head * plan.rows_per_item;
+  const int64_t last_row = min64(p.len_q, first_row + plan.rows_per_item);
+  const int dim_qk = static_cast<int>(p.dim_qk), dim_v = static_cast<int>(p.dim_v);
+
+  // A negative scale is put into Q: the largest score must stay the largest after the product with c. So is a zero scale, or
+  // one that T cannot hold: masked scores are -inf, and 0 * -inf is NaN.
+  T to_log2 = static_cast<T>(std::fabs(p.scale) * kLog2E);
+  T sign = p.scale < 0 ? T(-1) : T(1);
+  if (to_log2 < std::numeric_limits<T>::min()) to_log2 = T(1), sign = T(0);
+  ScoreTerms<T> terms{to_log2, nullptr, nullptr, nullptr};
+
+  SubTile<T> sub_tiles[kMaxSubTiles];
+  int count = 0;
+  for (int64_t i0 = first_row; i0 < last_row; i0 += kTileM, ++count) {
+    SubTile<T>& sub = sub_tiles[count];
+    sub.i0 = i0;
+    sub.rows = static_cast<int>(min64(kTileM, last_row - i0));
+    sub.padded_rows = round_up(sub.rows, W);
+    sub.started = false;
+    sub.query_t = s.query_t + count * kTileM * s.ld_k;
+    sub.out = s.out + count * kTileM * s.ld_v;
+    sub.row_max = s.row_max + count * kTileM;
+    sub.row_sum = s.row_sum + count * kTileM;
+    for (int r = 0; r < sub.padded_rows; ++r) {
+      sub.row_max[r] = -kInfinity<T>;
+      sub.row_sum[r] = T(0);
+    }
+    const void* const query = element(p.query.ptr, p.query.dtype,
+                                      b * p.query.stride[0] + h * p.query.stride[1] + i0 * p.query.stride[2]);
+    if (sub.rows <= kDotRows<T>) {
+      convert_rows(sub.query_t, s.ld_k, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk);
+      for (int64_t d = 0; d < sub.rows * s.ld_k; ++d) sub.query_t[d] *= sign;
+    } else {
+      transpose_rows<T>(sub.query_t, sub.padded_rows, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk, sign,
+                        s.staging);
+    }
+  }
+
+  const bool key_in_place = rows_in_place<T>(p.key.dtype, p.key.stride[2], dim_qk);
+  const bool value_in_place = rows_in_place<T>(p.value.dtype, p.value.stride[2], dim_v);
+  const KeyInterval range = key_range(p.mask, b, first_row, last_row, p.len_k);
+  TileMask mask;
+  uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];
+
+  for (int64_t j0 = range.first / kTileN * kTileN; j0 < range.last; j0 += kTileN) {
+    const int tile_keys = static_cast<int>(min64(kTileN, p.len_k - j0));
+    const void* const key_tile = element(p.key.ptr, p.key.dtype,
+                                         b * p.key.stride[0] + h_kv * p.key.stride[1] + j0 * p.key.stride[2]);
+    const void* const value_tile = element(p.value.ptr, p.value.dtype,
+                                           b * p.value.stride[0] + h_kv * p.value.stride[1] + j0 * p.value.stride[2]);
+    Rows<T> key{nullptr, s.ld_k}, value{nullptr, s.ld_v};
+
+    for (int n = 0; n < count; ++n) {
+      SubTile<T>& sub = sub_tiles[n];
+      make_tile_mask(mask, p.mask, b, h, sub.i0, sub.rows, j0, tile_keys);
+      if (mask.tile_class == TileClass::kEmpty) continue;
+      if (!key.ptr) {
+        if (key_in_place) key = {static_cast<const T*>(key_tile), p.key.stride[2]};
+        else convert_rows(s.key, s.ld_k, key_tile, p.key.dtype, p.key.stride[2], tile_keys, dim_qk), key.ptr = s.key;
+        if (value_in_place) value = {static_cast<const T*>(value_tile), p.value.stride[2]};
+        else convert_rows(s.value, s.ld_v, value_tile, p.value.dtype, p.value.stride[2], tile_keys, dim_v), value.ptr = s.value;
+      }
+      // Keys [begin, end) of the tile; those outside are dead for the whole sub-tile.
+      const int begin = first_bit(mask.columns), end = end_bit(mask.columns), keys = end - begin;
+
+      if (sub.rows <= kDotRows<T>)
+        dot_scores(s.scores, key.ptr + begin * key.ld, key.ld, keys, sub.query_t, s.ld_k, sub.rows, s.ld_k);
+      else
+        gemm<Layout::kRows, T>(keys, sub.rows, dim_qk, key.ptr + begin * key.ld, key.ld, sub.query_t, sub.padded_rows,
+                               s.scores, sub.padded_rows, false);
+
+      terms.bias = nullptr;
+      terms.allowed = nullptr;
+      terms.kept = nullptr;
+      if (p.bias) {
+        load_bias(s.bias, sub.padded_rows, p.bias, b, h, sub.i0, sub.rows, j0 + begin, keys, s.staging);
+        terms.bias = s.bias;
+      }
+      if (mask.tile_class == TileClass::kPartial) {
+        transpose_bits(allowed, mask.rows);
+        terms.allowed = allowed + begin;
+      }
+      if (p.dropout.p > 0) {
+        make_dropout_tile(kept_rows, p.dropout, b, h, sub.i0, sub.rows, j0);
+        transpose_bits(kept, kept_rows);
+        terms.kept = kept + begin;
+      }
+      if (terms.bias || terms.allowed || terms.kept)
+        softmax_tile<T, true>(s.scores, sub.padded_rows, keys, sub.padded_rows, sub.row_max, sub.row_sum, s.rescale, terms);
+      else
+        softmax_tile<T, false>(s.scores, sub.padded_rows, keys, sub.padded_rows, sub.row_max, sub.row_sum, s.rescale, terms);
+
+      const T* v = value.ptr + begin * value.ld;
+      int64_t ld_v = value.ld;
+      const uint64_t holes = ~mask.columns >> begin & bits_before(keys, 0);
+      if (holes) {
+        convert_rows(s.live_value, s.ld_v, v, kComputeDType<T>, value.ld, keys, dim_v, holes);
+        v = s.live_value;
+        ld_v = s.ld_v;
+      }
+      if (sub.started) rescale_rows(sub.out, s.ld_v, sub.rows, s.rescale);
+      gemm<Layout::kTransposed, T>(sub.rows, dim_v, keys, s.scores, sub.padded_rows, v, ld_v, sub.out, s.ld_v, sub.started);
+      sub.started = true;
+    }
+  }
+
+  const double kept_scale = 1.0 / (1.0 - p.dropout.p);
+  for (int n = 0; n < count; ++n) {
+    const SubTile<T>& sub = sub_tiles[n];
+    if (!sub.started) std::memset(sub.out, 0, sub.rows * s.ld_v * sizeof(T));
+    for (int r = 0; r < sub.rows; ++r) {
+      const int64_t i = sub.i0 + r;
+      void* const out = element(p.out.ptr, p.out.dtype, b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2]);
+      store_row(out, p.out.dtype, sub.out + r * s.ld_v, dim_v,
+                static_cast<T>(softmax_normalizer(sub.row_sum[r]) * kept_scale));
+      const double lse = softmax_lse(softmax_shift(sub.row_max[r]), sub.row_sum[r]);
+      void* const row_lse = element(p.lse.ptr, p.lse.dtype, (b * p.heads_q + h) * p.len_q + i);
+      if (p.lse.dtype == DType::kFloat64) *static_cast<double*>(row_lse) = lse;
+      else *static_cast<float*>(row_lse) = static_cast<float>(lse);
+    }
+  }
+}
+
+// ---- the work list ----
+
+constexpr int kBuckets = 64;
+
+// Pairs an item will touch, by arithmetic, or tiles where a tile map tells.
+static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, int64_t item) {
+  const int64_t bh = item / plan.items_per_head, b = bh / p.heads_q, h = bh % p.heads_q;
+  const int64_t first = item % plan.items_per_head * plan.rows_per_item, last = min64(p.len_q, first + plan.rows_per_item);
+  int64_t cost = 0;
+  for (int64_t i0 = first; i0 < last; i0 += kTileM) {
+    const KeyInterval keys = key_range(p.mask, b, i0, min64(last, i0 + kTileM), p.len_k);
+    int64_t sub_cost = max64(0, keys.last - keys.first);
+    if (p.mask.live && p.mask.block_m == kTileM && p.mask.block_n == kTileN) {
+      const uint64_t* live = p.mask.live + b * p.mask.stride_map_b + h * p.mask.stride_map_h +
+                             i0 / kTileM * p.mask.map_words_per_row;
+      int64_t tiles = 0;
+      for (int64_t w = 0; w < p.mask.map_words_per_row; ++w) tiles += __builtin_popcountll(live[w]);
+      sub_cost = min64(sub_cost, tiles * kTileN);
+    }
+    cost += sub_cost;
+  }
+  return cost;
+}
+
+// Long items first, so that no thread is left with a long one at the end: a counting sort by cost.
+static void order_items(const AttentionForwardParams& p, const Plan& plan, int64_t* order, int64_t* cost) {
+  int64_t largest = 1, start[kBuckets + 1] = {};
+  for (int64_t n = 0; n < plan.items; ++n) {
+    cost[n] = item_cost(p, plan, n);
+    largest = max64(largest, cost[n]);
+  }
+  for (int64_t n = 0; n < plan.items; ++n) {
+    cost[n] = kBuckets - 1 - static_cast<int64_t>(static_cast<double>(cost[n]) / static_cast<double>(largest) * (kBuckets - 1));
+    ++start[cost[n] + 1];
+  }
+  for (int bucket = 0; bucket < kBuckets; ++bucket) start[bucket + 1] += start[bucket];
+  for (int64_t n = 0; n < plan.items; ++n) order[start[cost[n]]++] = n;
+}
+
+template <typename T>
+static int64_t workspace_bytes(const AttentionForwardParams& p) {
+  const Plan plan = make_plan<T>(p);
+  Arena shared(nullptr), thread(nullptr);
+  shared.take<int64_t>(plan.items);
+  shared.take<int64_t>(plan.items);
+  carve<T>(thread, p, plan);
+  return kAlignment + shared.used + p.num_threads * thread.used;
+}
+
+template <typename T>
+static void run(const AttentionForwardParams& p) {
+  const Plan plan = make_plan<T>(p);
+  if (plan.items == 0) return;
+  Arena shared(align_pointer(p.workspace)), counter(nullptr);
+  int64_t* const order = shared.take<int64_t>(plan.items);
+  int64_t* const cost = shared.take<int64_t>(plan.items);
+  carve<T>(counter, p, plan);
+  const int64_t thread_bytes = counter.used;
+  char* const scratch = shared.base + shared.used;
+  const bool sorted = has_mask(p.mask);
+  if (sorted) order_items(p, plan, order, cost);
+
+  const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#if defined(_OPENMP)
+    Arena own(scratch + omp_get_thread_num() * thread_bytes);
+#else
+    Arena own(scratch);
+#endif
+    const Scratch<T> s = carve<T>(own, p, plan);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < plan.items; ++n) run_item<T>(p, plan, s, sorted ? order[n] : n);
+  }
+}
+
+}  // namespace
+
+int64_t attention_forward_workspace(const AttentionForwardParams& p) {
+  return p.query.dtype == DType::kFloat64 ? workspace_bytes<double>(p) : workspace_bytes<float>(p);
+}
+
+void attention_forward(const AttentionForwardParams& p) {
+  if (p.query.dtype == DType::kFloat64) run<double>(p);
+  else run<float>(p);
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA
