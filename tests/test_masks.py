@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from fastattn import tiles
 from fastattn.backends import reference
 from fastattn.masks import UNLIMITED, KernelMask, Mask, coerce
 
@@ -334,6 +335,59 @@ def test_the_cache_stays_small():
     for length in range(1, 100):
         mask.kernel_form(B, H, length, length, CPU)
     assert len(mask._cache) <= 8
+
+
+# The rule of the kernels, csrc/core/mask.h
+
+
+@pytest.fixture
+def native():
+    return pytest.importorskip("fastattn.backends.native", reason="the compiled library was not built")
+
+
+def native_elements(native, form, L, S):
+    out = torch.full((B, H, L, S), 7, dtype=torch.uint8)
+    native._native.mask_elements(native._mask_arguments(form, B, H, L, S), B, H, L, S, native._ref(out))
+    return out
+
+
+def native_tile_classes(native, form, L, S, block_m, block_n):
+    out = torch.full((B, H, -(-L // block_m), -(-S // block_n)), 7, dtype=torch.uint8)
+    arguments = native._mask_arguments(form, B, H, L, S)
+    native._native.mask_tile_classes(arguments, B, H, L, S, block_m, block_n, native._ref(out))
+    return out
+
+
+def check_native(native, mask, L, S):
+    form = mask.kernel_form(B, H, L, S, CPU)
+    dense = mask.to_dense(B, H, L, S)
+    assert torch.equal(native_elements(native, form, L, S), dense.to(torch.uint8))
+    for block_m, block_n in ((48, 64), (5, 64), (3, 17)):
+        classes = native_tile_classes(native, form, L, S, block_m, block_n)
+        exact = tiles.dense_classes(dense, block_m, block_n)
+        proven = classes != tiles.PARTIAL
+        assert torch.equal(classes[proven], exact[proven])
+    return classes, exact
+
+
+@pytest.mark.parametrize("size", [*SIZES, (50, 130)], ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_the_kernels_follow_every_constructor(native, name, size):
+    mask, _ = TERMS[name](*size)
+    classes, exact = check_native(native, mask, *size)
+    # Arithmetic misses nothing, except that it proves nothing of a band that is empty as a whole.
+    if not name.startswith(("segments", "dense", "window_nothing")):
+        assert torch.equal(classes, exact)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_kernels_follow_random_compositions(native, seed):
+    g = generator(seed)
+    L, S = (int(torch.randint(1, 140, (), generator=g)) for _ in range(2))
+    mask = Mask(())
+    for index in torch.randint(len(TERMS), (3,), generator=g).tolist():
+        mask = mask & list(TERMS.values())[index](L, S)[0]
+    check_native(native, mask, L, S)
 
 
 # torch.compile and torch.export
