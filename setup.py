@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def find_tool(*names: str) -> str | None:
-    """The first of the programs that exists, on PATH or beside the interpreter (a virtual environment not activated)."""
+    """The first of the programs that exists, on PATH or beside the interpreter of a virtual environment."""
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")))
     return next((found for name in names if (found := shutil.which(name, path=path))), None)
 

@@ -37,7 +37,7 @@ def info() -> dict[str, Any]:
     return {**_native.build_info(), "threads": torch.get_num_threads()}
 
 
-# Tensors as the kernels see them -----------------------------------------------------------------------------------------
+# Tensors as the kernels see them ------------------------------------------------------------------------------------
 
 
 def _ref(tensor: Tensor | None) -> _Ref | None:
@@ -66,7 +66,7 @@ def _run(launch: Any) -> None:
         launch.run()
 
 
-# Checks ------------------------------------------------------------------------------------------------------------------
+# Checks -------------------------------------------------------------------------------------------------------------
 
 
 def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
@@ -162,7 +162,7 @@ def _check_tile_map(tile_map: TileMap, B: int, H: int, L: int, S: int) -> None:
         _require(fits, f"mask: {name} of the tile map", tensor, f"contiguous int64 of {(B, H, *shape)}")
 
 
-# The shared arguments ----------------------------------------------------------------------------------------------------
+# The shared arguments -----------------------------------------------------------------------------------------------
 
 
 def _mask_arguments(mask: KernelMask | None, B: int, H: int, L: int, S: int) -> tuple[Any, ...] | None:
@@ -241,7 +241,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-# Attention ---------------------------------------------------------------------------------------------------------------
+# Attention ----------------------------------------------------------------------------------------------------------
 
 
 def attention_forward(
@@ -368,7 +368,7 @@ def attention_weights_backward(
     return grad_query, grad_key, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_lse
 
 
-# Mask tiles --------------------------------------------------------------------------------------------------------------
+# Mask tiles ---------------------------------------------------------------------------------------------------------
 
 
 def mask_tiles(
@@ -402,7 +402,7 @@ def mask_tiles(
     return bits, live, full, live_t, full_t
 
 
-# Masked loss -------------------------------------------------------------------------------------------------------------
+# Masked loss --------------------------------------------------------------------------------------------------------
 
 
 def _loss_launch(
@@ -489,7 +489,7 @@ def masked_loss_backward_none(
     return grad_input
 
 
-# The rules of csrc/core, for the tests that compare every implementation of them ------------------------------------------
+# The rules of csrc/core, for the tests that compare every implementation of them ------------------------------------
 
 
 def mask_elements(mask: KernelMask, B: int, H: int, L: int, S: int) -> Tensor:
