@@ -491,11 +491,15 @@ class Mask:
             elif isinstance(term, Segments):
                 ids = (term.query_ids.to(torch.int64), term.key_ids.to(torch.int64))
                 segments = ids if segments is None else _joined_segments(segments, ids)
-            elif isinstance(term, Dense) and (term.keep.shape[1] != 1 or term.keep.shape[2] != 1):
-                dense.append(term.keep)
-            else:  # a padding mask, however it is written
-                keep = term.keep if isinstance(term, KeyKeep) else term.keep[:, 0, 0, :].expand(-1, S)
-                key_keep = keep if key_keep is None else key_keep & keep
+            elif isinstance(term, KeyKeep):
+                key_keep = term.keep if key_keep is None else key_keep & term.keep
+            else:
+                keep = _unexpanded(term.keep)
+                if keep.shape[1] != 1 or keep.shape[2] != 1:
+                    dense.append(keep)
+                else:  # a padding mask written as a dense one
+                    keep = keep[:, 0, 0, :].expand(-1, S)
+                    key_keep = keep if key_keep is None else key_keep & keep
         tile_map = None
         if dense:
             first_masks, rest = dense[: MAX_DENSE_MASKS - 1], dense[MAX_DENSE_MASKS - 1 :]
@@ -510,6 +514,14 @@ class Mask:
 
 def _smaller(lengths: Tensor | None, other: Tensor) -> Tensor:
     return other if lengths is None else torch.minimum(lengths, other)
+
+
+def _unexpanded(keep: Tensor) -> Tensor:
+    """Undoes `expand`, so that a padding mask expanded to (B, H, L, S), as SDPA wants it, is a padding mask again."""
+    for dim, stride in enumerate(keep.stride()):
+        if stride == 0 and keep.shape[dim] > 1:
+            keep = keep.narrow(dim, 0, 1)
+    return keep
 
 
 def _joined_segments(first: Segmented, second: Segmented) -> Segmented:

@@ -192,6 +192,16 @@ def test_analytic_masks_are_never_expanded():
     assert padded.kernel_form(B, H, 7, 9, CPU, build=build).key_keep.shape == (B, 9)
 
 
+def test_an_expanded_padding_mask_is_a_padding_mask():
+    keep = random_keep(B, 9)
+    form = Mask.dense(keep[:, None, None].expand(B, H, 7, 9)).kernel_form(B, H, 7, 9, CPU)
+    assert form.tile_map is None and torch.equal(form.key_keep, keep)
+    shared = random_keep(1, 1, 7, 9).expand(B, H, 7, 9)
+    form = Mask.dense(shared).kernel_form(B, H, 7, 9, CPU)
+    assert form.tile_map.bits.shape[:2] == (1, 1)
+    assert torch.equal(reference.expand(form, B, H, 7, 9, CPU), shared)
+
+
 def test_window_that_excludes_nothing_costs_nothing():
     assert Mask.window(None, None).kernel_form(B, H, 4, 4, CPU) == KernelMask()
 
