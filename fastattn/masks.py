@@ -414,14 +414,18 @@ class Mask:
         self,
         L: int,
         S: int,
-        B: int = 1,
-        H: int = 1,
+        B: int | None = None,
+        H: int | None = None,
         block_m: int = 64,
         block_n: int = 64,
         device: torch.device | str | None = None,
     ) -> TileMap:
-        """The tiles of the whole mask, for L queries and S keys. B and H only check the mask's own batch and heads."""
+        """The tiles of the whole mask, for L queries and S keys; B and H are the mask's own unless given."""
         mask, device = self._placed(device)
+        if B is None:
+            B = max((tensor.shape[0] for tensor in mask.tensors()), default=1)
+        if H is None:
+            H = max((term.keep.shape[1] for term in mask.terms if isinstance(term, Dense)), default=1)
         classes = tiles.tile_classes(mask, B, H, L, S, block_m, block_n, device)
         dense = [term.keep for term in mask.terms if isinstance(term, Dense)]
         bits = tiles.pack_dense(dense, L, S, block_m, block_n)[0] if dense else None

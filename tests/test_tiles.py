@@ -196,6 +196,7 @@ def test_tile_map_of_a_composition_holds_the_whole_mask():
     mask = Mask.dense(keep) & Mask.key_lengths([40, 64])
     tiles = mask.tile_map(100, 130, B, H)
     assert torch.equal(tiles.bits, pack_bits(keep))
+    assert torch.equal(mask.tile_map(100, 130).live, tiles.live)
     assert torch.equal(tiles.classes(), tile_classes(mask, B, H, 100, 130, 64, 64))
     assert tiles.classes()[..., 1:].eq(EMPTY).all() and tiles.classes()[..., :1].eq(PARTIAL).all()
 
