@@ -8,16 +8,39 @@ from fastattn.attention import (
     scaled_dot_product_attention,
 )
 from fastattn.dispatch import use_backend
+from fastattn.integrations.replace import ReplacementReport, replace_multihead_attention
+from fastattn.losses import masked_l1_loss, masked_mse_loss, masked_smooth_l1_loss
 from fastattn.masks import Mask
+from fastattn.nn import (
+    MaskedL1Loss,
+    MaskedMSELoss,
+    MaskedSmoothL1Loss,
+    MultiheadAttention,
+    PatchMask,
+    SimMIM,
+    ViTEncoder,
+)
 from fastattn.tiles import TileMap
 
 __all__ = [
     "Mask",
+    "MaskedL1Loss",
+    "MaskedMSELoss",
+    "MaskedSmoothL1Loss",
+    "MultiheadAttention",
+    "PatchMask",
+    "ReplacementReport",
+    "SimMIM",
     "TileMap",
+    "ViTEncoder",
     "attention",
     "attention_varlen",
     "attention_weights",
     "explain",
+    "masked_l1_loss",
+    "masked_mse_loss",
+    "masked_smooth_l1_loss",
+    "replace_multihead_attention",
     "scaled_dot_product_attention",
     "use_backend",
 ]

@@ -1,0 +1,715 @@
+"""`fastattn.MultiheadAttention` against `torch.nn.MultiheadAttention`, argument by argument."""
+
+import copy
+import io
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastattn
+
+E, H, N, L, S = 12, 3, 2, 7, 5
+KDIM, VDIM = 10, 9
+
+MODULES = {
+    "plain": {},
+    "no_bias": {"bias": False},
+    "kdim_vdim": {"kdim": KDIM, "vdim": VDIM},
+    "kdim_vdim_no_bias_appended": {
+        "kdim": KDIM,
+        "vdim": VDIM,
+        "bias": False,
+        "add_bias_kv": True,
+        "add_zero_attn": True,
+    },
+    "bias_kv": {"add_bias_kv": True},
+    "zero_attn": {"add_zero_attn": True},
+}
+LAYOUTS = ("sequence_first", "batch_first", "unbatched")
+SHARING = ("self", "shared_kv", "separate")
+MASKS = (
+    "none",
+    "padding_bool",
+    "padding_float",
+    "mask_2d_bool",
+    "mask_2d_float",
+    "mask_3d_bool",
+    "mask_3d_float",
+    "both_bool",
+    "both_float",
+    "padding_bool_mask_float",
+    "padding_float_mask_bool",
+)
+WEIGHTS = {
+    "no_weights": {"need_weights": False},
+    "averaged": {"need_weights": True},
+    "per_head": {"need_weights": True, "average_attn_weights": False},
+}
+
+
+def make_pair(dtype=torch.float64, dropout=0.0, **options):
+    """Stock and ours with the same parameters, none of them zero."""
+    torch.manual_seed(1)
+    stock = nn.MultiheadAttention(E, H, dropout=dropout, dtype=dtype, **options)
+    with torch.no_grad():
+        for parameter in stock.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ours = fastattn.MultiheadAttention(E, H, dropout=dropout, dtype=dtype, **options)
+    ours.load_state_dict(stock.state_dict())
+    return stock, ours
+
+
+def make_inputs(layout, sharing, module, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+
+    def draw(length, features):
+        shape = {
+            "sequence_first": (length, N, features),
+            "batch_first": (N, length, features),
+            "unbatched": (length, features),
+        }[layout]
+        return torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
+
+    query = draw(L, E)
+    if sharing == "self":
+        return query, query, query
+    key = draw(S, module.kdim)
+    return query, key, key if sharing == "shared_kv" else draw(S, module.vdim)
+
+
+def make_masks(kind, layout, len_k, dtype=torch.float64):
+    """Keyword arguments; key 0 is never masked by a bool mask, so that no row is dead."""
+    generator = torch.Generator().manual_seed(3)
+    batch = () if layout == "unbatched" else (N,)
+    heads = H if layout == "unbatched" else N * H
+
+    def draw_bool(*shape):
+        mask = torch.rand(shape, generator=generator) < 0.4
+        mask[..., 0] = False
+        return mask
+
+    def draw_float(*shape):
+        mask = torch.randn(shape, generator=generator, dtype=dtype)
+        mask[..., -1] = float("-inf")
+        return mask.requires_grad_()
+
+    padding = {"bool": lambda: draw_bool(*batch, len_k), "float": lambda: draw_float(*batch, len_k)}
+    flat = {"bool": lambda: draw_bool(L, len_k), "float": lambda: draw_float(L, len_k)}
+    full = {"bool": lambda: draw_bool(heads, L, len_k), "float": lambda: draw_float(heads, L, len_k)}
+    return {
+        "none": dict,
+        "padding_bool": lambda: {"key_padding_mask": padding["bool"]()},
+        "padding_float": lambda: {"key_padding_mask": padding["float"]()},
+        "mask_2d_bool": lambda: {"attn_mask": flat["bool"]()},
+        "mask_2d_float": lambda: {"attn_mask": flat["float"]()},
+        "mask_3d_bool": lambda: {"attn_mask": full["bool"]()},
+        "mask_3d_float": lambda: {"attn_mask": full["float"]()},
+        "both_bool": lambda: {"key_padding_mask": padding["bool"](), "attn_mask": full["bool"]()},
+        "both_float": lambda: {"key_padding_mask": padding["float"](), "attn_mask": flat["float"]()},
+        "padding_bool_mask_float": lambda: {"key_padding_mask": padding["bool"](), "attn_mask": full["float"]()},
+        "padding_float_mask_bool": lambda: {"key_padding_mask": padding["float"](), "attn_mask": flat["bool"]()},
+    }[kind]()
+
+
+def call(module, inputs, options):
+    """Run forward and backward; the outputs and every gradient, by name."""
+    query, key, value = (x.detach().requires_grad_() for x in inputs)
+    key = query if inputs[1] is inputs[0] else key
+    value = key if inputs[2] is inputs[1] else value
+    options = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    floats = {
+        k: v.requires_grad_() for k, v in options.items() if isinstance(v, torch.Tensor) and v.dtype != torch.bool
+    }
+    module.zero_grad()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Support for mismatched")
+        out, weights = module(query, key, value, **options)
+    generator = torch.Generator().manual_seed(4)
+    loss = (out * torch.randn(out.shape, generator=generator, dtype=out.dtype)).sum()
+    if weights is not None:
+        loss = loss + (weights * torch.randn(weights.shape, generator=generator, dtype=weights.dtype)).sum()
+    loss.backward()
+    result = {"out": out.detach(), "weights": weights if weights is None else weights.detach()}
+    result |= {"query": query.grad, "key": key.grad, "value": value.grad}
+    result |= {name: mask.grad for name, mask in floats.items()}
+    return result | {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def assert_same(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert actual[name] is None, name
+            continue
+        assert actual[name].dtype == value.dtype, name
+        torch.testing.assert_close(
+            actual[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def is_possible(module, sharing):
+    return "kdim" not in MODULES[module] or sharing == "separate"
+
+
+GRID = [case for case in itertools.product(MODULES, LAYOUTS, SHARING, MASKS) if is_possible(case[0], case[2])]
+
+
+@pytest.mark.parametrize("module, layout, sharing, masks", GRID, ids=["-".join(case) for case in GRID])
+def test_same_numbers_and_gradients_as_torch(module, layout, sharing, masks):
+    stock, ours = make_pair(batch_first=layout == "batch_first", **MODULES[module])
+    inputs = make_inputs(layout, sharing, stock)
+    options = make_masks(masks, layout, L if sharing == "self" else S)
+    for weights in WEIGHTS.values():
+        assert_same(call(ours, inputs, options | weights), call(stock, inputs, options | weights), 1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("masks", MASKS)
+def test_same_numbers_and_gradients_in_float32(layout, weights, masks):
+    stock, ours = make_pair(torch.float32, batch_first=layout == "batch_first")
+    for sharing in SHARING:
+        inputs = make_inputs(layout, sharing, stock, torch.float32)
+        options = make_masks(masks, layout, L if sharing == "self" else S, torch.float32) | WEIGHTS[weights]
+        assert_same(call(ours, inputs, options), call(stock, inputs, options), 2e-5)
+
+
+@pytest.mark.parametrize("masks", ["none", "padding_bool", "mask_2d_bool", "mask_3d_float"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_gives_the_numbers_of_training(masks, layout):
+    stock, ours = make_pair(batch_first=layout == "batch_first")
+    inputs = make_inputs(layout, "self", stock)
+    options = make_masks(masks, layout, L)
+    trained = ours(*inputs, **options)
+    ours.eval(), stock.eval()
+    with torch.no_grad():
+        evaluated, expected = ours(*inputs, **options), stock(*inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
+    torch.testing.assert_close(evaluated, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(N, 1, L, S), (1, H, 1, S), (N, H, L, 1), (1, 1, L, S)])
+@pytest.mark.parametrize("appended", [False, True])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_four_dimensional_masks_broadcast(shape, appended, kind):
+    stock, ours = make_pair(add_bias_kv=appended)
+    inputs = make_inputs("sequence_first", "shared_kv", stock)
+    mask = torch.randn(shape, dtype=torch.float64)
+    if kind == "bool":
+        mask = mask > 0.7
+        mask[..., 0] = False
+    expanded = mask.expand(N, H, L, S).flatten(0, 1)
+    result, expected = ours(*inputs, attn_mask=mask), stock(*inputs, attn_mask=expanded)
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_float32_masks_serve_every_dtype(dtype):
+    """Torch takes them without weights; ours with weights too."""
+    stock, ours = make_pair(dtype, batch_first=True)
+    inputs = make_inputs("batch_first", "shared_kv", stock, dtype)
+    mask = torch.randn(L, S)
+    expected = call(stock, inputs, {"attn_mask": mask, "need_weights": False})
+    tolerance = 1e-6 if dtype == torch.float64 else 5e-2
+    assert_same(call(ours, inputs, {"attn_mask": mask, "need_weights": False}), expected, tolerance)
+    assert ours(*inputs, attn_mask=mask)[1].dtype == dtype
+
+
+# State --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_state_is_that_of_torch(module):
+    states, generators, modules = [], [], []
+    for kind in (nn.MultiheadAttention, fastattn.MultiheadAttention):
+        torch.manual_seed(5)
+        modules.append(kind(E, H, **MODULES[module]))
+        states.append(modules[-1].state_dict())
+        generators.append(torch.get_rng_state())
+    stock, ours = modules
+    assert list(states[0]) == list(states[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert torch.equal(*generators)
+    assert [name for name, _ in stock.named_parameters()] == [name for name, _ in ours.named_parameters()]
+    assert repr(stock) == repr(ours)
+    assert isinstance(ours, nn.MultiheadAttention)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_state_dicts_are_interchangeable(module):
+    stock, ours = nn.MultiheadAttention(E, H, **MODULES[module]), fastattn.MultiheadAttention(E, H, **MODULES[module])
+    ours.load_state_dict(stock.state_dict())
+    torch.manual_seed(6)
+    other = fastattn.MultiheadAttention(E, H, **MODULES[module])
+    stock.load_state_dict(other.state_dict(), assign=True)
+    for name, value in other.state_dict().items():
+        assert torch.equal(stock.state_dict()[name], value)
+
+
+def test_class_swap_needs_nothing_from_init():
+    stock, _ = make_pair()
+    inputs = make_inputs("sequence_first", "self", stock)
+    expected = call(stock, inputs, {})
+    stock.__class__ = fastattn.MultiheadAttention
+    assert_same(call(stock, inputs, {}), expected, 1e-10)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: torch.load(save(module), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_copies(duplicate):
+    _, ours = make_pair()
+    inputs = make_inputs("sequence_first", "self", ours)
+    other = duplicate(ours)
+    assert type(other) is fastattn.MultiheadAttention
+    assert all(torch.equal(a, b) for a, b in zip(ours(*inputs), other(*inputs), strict=True))
+
+
+def save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+def test_meta_device_and_skip_init():
+    module = fastattn.MultiheadAttention(E, H, batch_first=True, device="meta")
+    x = torch.empty(N, L, E, device="meta")
+    out, weights = module(x, x, x)
+    assert out.shape == (N, L, E) and weights.shape == (N, L, L) and out.device.type == "meta"
+    real, _ = make_pair(torch.float32, batch_first=True)
+    module.to_empty(device="cpu").load_state_dict(real.state_dict())
+    skipped = nn.utils.skip_init(fastattn.MultiheadAttention, E, H, batch_first=True)
+    skipped.load_state_dict(real.state_dict())
+    x = torch.randn(N, L, E)
+    for other in (module, skipped):
+        torch.testing.assert_close(other(x, x, x), real(x, x, x), rtol=1e-5, atol=1e-5)
+
+
+def test_functional_call_takes_parameters_of_the_caller():
+    stock, ours = make_pair()
+    inputs = make_inputs("sequence_first", "self", ours)
+    parameters = {name: 2 * p.detach() for name, p in ours.named_parameters()}
+    torch.testing.assert_close(
+        torch.func.functional_call(ours, parameters, inputs),
+        torch.func.functional_call(stock, parameters, inputs),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
+# Rows and keys that nobody may see ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("kind", ["padding_bool", "padding_float", "mask_bool", "mask_float"])
+def test_dead_rows_are_zero_and_give_no_gradient(kind, need_weights):
+    _, ours = make_pair()
+    query, key, value = make_inputs("sequence_first", "separate", ours)
+    dead = torch.zeros(N, L, dtype=torch.bool)
+    if kind.startswith("padding"):
+        mask = torch.zeros(N, S, dtype=torch.bool)
+        mask[1] = True
+        dead[1] = True
+    else:
+        mask = torch.zeros(L, S, dtype=torch.bool)
+        mask[2] = True
+        dead[:, 2] = True
+    if kind.endswith("float"):
+        mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill_(mask, float("-inf")).requires_grad_()
+    name = "key_padding_mask" if kind.startswith("padding") else "attn_mask"
+    out, weights = ours(query, key, value, need_weights=need_weights, **{name: mask})
+    rows = out.transpose(0, 1)[dead]
+    assert torch.equal(rows, ours.out_proj.bias.expand_as(rows))
+    loss = out.square().sum()
+    if need_weights:
+        assert not weights[dead].any()
+        loss = loss + weights.square().sum()
+    loss.backward()
+    assert not query.grad.transpose(0, 1)[dead].any()
+    tensors = [query, key, value, *ours.parameters()] + ([mask] if kind.endswith("float") else [])
+    assert all(torch.isfinite(x.grad).all() for x in tensors)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_padded_keys_do_not_leak(need_weights, kind):
+    _, ours = make_pair()
+    query, key, value = (x.detach() for x in make_inputs("sequence_first", "separate", ours))
+    padding = torch.zeros(N, S, dtype=torch.bool)
+    padding[:, 3:] = True
+    if kind == "float":
+        padding = torch.zeros(N, S, dtype=torch.float64).masked_fill_(padding, float("-inf"))
+    clean = ours(query, key, value, key_padding_mask=padding, need_weights=need_weights)
+    key[3:], value[3:] = float("nan"), float("inf")
+    dirty = ours(query, key, value, key_padding_mask=padding, need_weights=need_weights)
+    assert torch.equal(clean[0], dirty[0])
+    assert not need_weights or torch.equal(clean[1], dirty[1])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("empty", ["keys", "queries", "batch"])
+def test_empty_inputs(empty, need_weights):
+    stock, ours = make_pair(batch_first=True)
+    query, key, value = make_inputs("batch_first", "separate", stock)
+    padding = None
+    if empty == "keys":
+        key, value = key[:, :0], value[:, :0]
+    elif empty == "queries":
+        query = query[:, :0]
+    else:
+        query, key, value = query[:0], key[:0], value[:0]
+        padding = torch.zeros(0, S, dtype=torch.bool)
+    expected = stock(query, key, value, need_weights=need_weights)
+    result = ours(query, key, value, need_weights=need_weights, key_padding_mask=padding)
+    torch.testing.assert_close(result[0], expected[0], rtol=1e-10, atol=1e-10)
+    assert not need_weights or result[1].shape == expected[1].shape
+    result[0].sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+# The causal hint ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sharing", ["self", "separate"])
+def test_causal_hint_stands_for_the_mask(layout, sharing):
+    stock, ours = make_pair(batch_first=layout == "batch_first")
+    inputs = make_inputs(layout, sharing, stock)
+    causal = torch.ones(L, inputs[1].shape[-2] if layout != "sequence_first" else inputs[1].shape[0]).tril() == 0
+    hinted = call(ours, inputs, {"attn_mask": causal, "is_causal": True, "need_weights": False})
+    assert_same(hinted, call(stock, inputs, {"attn_mask": causal, "need_weights": False}), 1e-10)
+    # The hint is a promise about the mask, which is then not read.
+    unread = call(
+        ours, inputs, {"attn_mask": torch.zeros(1, 1, dtype=torch.bool), "is_causal": True, "need_weights": False}
+    )
+    assert_same(unread, hinted, 0.0)
+
+
+@pytest.mark.parametrize("reason", ["weights", "padding", "bias_kv", "zero_attn"])
+def test_causal_hint_gives_way_to_the_mask(reason):
+    """Torch itself masks the appended key out with `bias_kv` and `zero_attn`: a bug that we do not share."""
+    options = {"bias_kv": {"add_bias_kv": True}, "zero_attn": {"add_zero_attn": True}}.get(reason, {})
+    stock, ours = make_pair(**options)
+    inputs = make_inputs("sequence_first", "self", stock)
+    arguments = {"attn_mask": torch.ones(L, L).tril() == 0, "need_weights": reason == "weights"}
+    if reason == "padding":
+        arguments["key_padding_mask"] = torch.zeros(N, L, dtype=torch.bool)
+    assert_same(call(ours, inputs, arguments | {"is_causal": True}), call(stock, inputs, arguments), 1e-10)
+
+
+# Dropout ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", ["self", "separate"])
+def test_dropout_weights_are_those_that_made_the_output(sharing):
+    p = 0.4
+    _, ours = make_pair(dropout=p, batch_first=True)
+    query, key, value = make_inputs("batch_first", sharing, ours)
+    torch.manual_seed(7)
+    out, weights = ours(query, key, value, average_attn_weights=False)
+    torch.manual_seed(7)
+    again, averaged = ours(query, key, value)
+    torch.manual_seed(8)
+    other, _ = ours(query, key, value)
+    assert torch.equal(out, again) and not torch.equal(out, other)
+    torch.testing.assert_close(averaged, weights.mean(1), rtol=1e-12, atol=1e-12)
+    v = nn.functional.linear(value, ours.in_proj_weight[2 * E :], ours.in_proj_bias[2 * E :])
+    heads = v.unflatten(-1, (H, E // H)).transpose(1, 2)  # (N, H, S, D)
+    expected = ours.out_proj((weights @ heads).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+    ours.eval()
+    undropped = ours(query, key, value, average_attn_weights=False)[1]
+    kept = weights != 0
+    torch.testing.assert_close(weights[kept], undropped[kept] / (1 - p), rtol=1e-10, atol=1e-10)
+    assert 0.2 < 1 - kept.double().mean() < 0.6
+
+
+def test_dropout_gradients_are_those_of_the_weights():
+    _, ours = make_pair(dropout=0.3, batch_first=True)
+    inputs = make_inputs("batch_first", "self", ours)
+
+    def function(x):
+        torch.manual_seed(9)
+        return ours(x, x, x)
+
+    assert torch.autograd.gradcheck(function, (inputs[0],))
+
+
+def test_dropout_of_everything():
+    stock, ours = make_pair(dropout=1.0)
+    inputs = make_inputs("sequence_first", "self", stock)
+    assert_same(call(ours, inputs, {}), call(stock, inputs, {}), 1e-10)
+
+
+def test_dropout_does_not_move_the_generator_in_evaluation():
+    _, ours = make_pair(dropout=0.5)
+    inputs = make_inputs("sequence_first", "self", ours)
+    ours.eval()
+    before = torch.get_rng_state()
+    ours(*inputs)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# Copies, layouts, tracers -------------------------------------------------------------------------
+
+
+class CountCopies(TorchDispatchMode):
+    """Counts operators that copy at least `size` elements."""
+
+    NAMES = (
+        "clone",
+        "copy_",
+        "_to_copy",
+        "cat",
+        "stack",
+        "contiguous",
+        "fill",
+        "zeros",
+        "new_zeros",
+        "select_backward",
+    )
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.__name__.split(".")[0]
+        if name in self.NAMES and isinstance(result, torch.Tensor) and result.numel() >= self.size:
+            self.copies.append(name)
+        return result
+
+
+@pytest.mark.parametrize("masks", ["none", "padding_bool", "mask_2d_bool"])
+@pytest.mark.parametrize("layout, copies", [("batch_first", 0), ("unbatched", 0), ("sequence_first", 1)])
+def test_self_attention_copies_nothing(layout, copies, masks):
+    """Sequence-first output is transposed once, and so is its gradient."""
+    _, ours = make_pair(batch_first=layout == "batch_first")
+    query = make_inputs(layout, "self", ours)[0]
+    options = make_masks(masks, layout, L)
+    with CountCopies(query.numel()) as forward:
+        out, _ = ours(query, query, query, need_weights=False, **options)
+    assert len(forward.copies) == copies, forward.copies
+    with CountCopies(query.numel()) as backward:
+        out.backward(torch.randn_like(out))
+    assert len(backward.copies) == copies, backward.copies
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False])
+def test_output_is_contiguous(layout, training):
+    _, ours = make_pair(batch_first=layout == "batch_first")
+    inputs = make_inputs(layout, "separate", ours)
+    out, weights = ours.train(training)(*inputs)
+    assert out.is_contiguous() and weights.is_contiguous()
+
+
+def test_inputs_are_not_modified():
+    _, ours = make_pair()
+    inputs = make_inputs("sequence_first", "separate", ours)
+    options = make_masks("both_float", "sequence_first", S)
+    tensors = [*inputs, *options.values()]
+    before = [x.detach().clone() for x in tensors]
+    ours(*inputs, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+@pytest.mark.parametrize("module", ["plain", "bias_kv", "zero_attn"])
+@pytest.mark.parametrize("masks", ["none", "padding_bool", "mask_2d_float"])
+def test_autocast(module, masks):
+    stock, ours = make_pair(torch.float32, **MODULES[module])
+    inputs = make_inputs("sequence_first", "self", ours, torch.float32)
+    options = make_masks(masks, "sequence_first", L, torch.float32)
+    results = []
+    for candidate in (stock, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            out, weights = candidate(*inputs, **options)
+        assert out.dtype == weights.dtype == torch.bfloat16
+        (out.float().square().sum() + weights.float().square().sum()).backward()
+        assert all(p.grad.dtype == torch.float32 for p in candidate.parameters())
+        results.append((out, weights))
+    torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "module, sharing, masks, weights",
+    [
+        ("plain", "self", "none", "no_weights"),
+        ("plain", "self", "padding_bool", "averaged"),
+        ("plain", "shared_kv", "mask_3d_float", "per_head"),
+        ("bias_kv", "self", "mask_2d_bool", "no_weights"),
+        ("kdim_vdim", "separate", "padding_float", "averaged"),
+    ],
+)
+def test_compiles_in_one_graph(module, sharing, masks, weights, training):
+    torch._dynamo.reset()
+    _, ours = make_pair(torch.float32, batch_first=True, **MODULES[module])
+    ours.train(training)
+    inputs = make_inputs("batch_first", sharing, ours, torch.float32)
+    options = make_masks(masks, "batch_first", L if sharing == "self" else S, torch.float32) | WEIGHTS[weights]
+    expected = call(ours, inputs, options)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    result = call(compiled, inputs, options)
+    assert_same({name.removeprefix("_orig_mod."): value for name, value in result.items()}, expected, 1e-5)
+
+
+class Block(nn.Module):
+    """A model with the module inside."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+        self.norm = nn.LayerNorm(E, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, weights = self.attention(x, x, x, need_weights=False)
+        return self.norm(x + out)
+
+
+def test_fx_records_one_call():
+    _, ours = make_pair()
+    block = Block(ours)
+    x = make_inputs("sequence_first", "self", ours)[0]
+    traced = torch.fx.symbolic_trace(block)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["attention", "norm"]
+    assert torch.equal(traced(x), block(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_jit_script_takes_the_stock_module_over_the_same_parameters():
+    _, ours = make_pair()
+    block = Block(ours)
+    x = make_inputs("sequence_first", "self", ours)[0]
+    expected = block(x)
+    scripted = torch.jit.script(block)
+    torch.testing.assert_close(scripted(x), expected, rtol=1e-10, atol=1e-10)
+    assert scripted.attention.in_proj_weight.data_ptr() == ours.in_proj_weight.data_ptr()
+    assert type(ours) is fastattn.MultiheadAttention
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_jit_trace():
+    _, ours = make_pair()
+    block = Block(ours).eval()
+    x = make_inputs("sequence_first", "self", ours)[0].detach()
+    traced = torch.jit.trace(block, (x,))
+    assert torch.equal(traced(x + 1), block(x + 1))
+
+
+def test_export():
+    _, ours = make_pair()
+    block = Block(ours).eval()
+    x = make_inputs("sequence_first", "self", ours)[0].detach()
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(block, (x,), dynamic_shapes={"x": {0: length}}).module()
+    longer = torch.cat([x, x])
+    torch.testing.assert_close(exported(longer), block(longer), rtol=1e-10, atol=1e-10)
+
+
+# Exceptions ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [((0, 1), ValueError), ((E, 0), ValueError), ((-E, 2), ValueError), ((E, 5), AssertionError)],
+)
+def test_bad_sizes(arguments, error):
+    for kind in (nn.MultiheadAttention, fastattn.MultiheadAttention):
+        with pytest.raises(error):
+            kind(*arguments)
+
+
+def bools(*shape):
+    return torch.zeros(shape, dtype=torch.bool)
+
+
+BAD_CALLS = {
+    "query_rank": (lambda q, k: ((q[None], k, k), {}), AssertionError),
+    "key_rank": (lambda q, k: ((q, k[0], k[0]), {}), AssertionError),
+    "value_rank": (lambda q, k: ((q, k, k[0]), {}), AssertionError),
+    "query_features": (lambda q, k: ((q[..., :4], k, k), {}), AssertionError),
+    "key_features": (lambda q, k: ((q, k[..., :4], k[..., :4]), {}), RuntimeError),
+    "value_length": (lambda q, k: ((q, k, k[:, :2]), {}), AssertionError),
+    "batch": (lambda q, k: ((q, k[:1], k[:1]), {}), RuntimeError),
+    "query_dtype": (lambda q, k: ((q.float(), k, k), {}), RuntimeError),
+    "key_dtype": (lambda q, k: ((q, k.float(), k.float()), {}), RuntimeError),
+    "mask_is_a_list": (lambda q, k: ((q, k, k), {"attn_mask": [1]}), TypeError),
+    "padding_is_a_list": (lambda q, k: ((q, k, k), {"key_padding_mask": [1]}), TypeError),
+    "mask_int": (lambda q, k: ((q, k, k), {"attn_mask": bools(L, S).int()}), AssertionError),
+    "padding_uint8": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S).byte()}), AssertionError),
+    "mask_bfloat16": (lambda q, k: ((q, k, k), {"attn_mask": bools(L, S).bfloat16()}), RuntimeError),
+    "padding_float16": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S).half()}), RuntimeError),
+    "mask_1d": (lambda q, k: ((q, k, k), {"attn_mask": bools(S)}), AssertionError),
+    "mask_one_row": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, S)}), RuntimeError),
+    "mask_one_batch": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, L, S)}), RuntimeError),
+    "padding_rank": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S, 1)}), AssertionError),
+    "padding_length": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S + 1)}), AssertionError),
+    "padding_batch": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(1, S)}), AssertionError),
+    "hint_alone": (lambda q, k: ((q, k, k), {"is_causal": True}), RuntimeError),
+    "unbatched_mask": (lambda q, k: ((q[0], k[0], k[0]), {"attn_mask": bools(N * H, L, S)}), AssertionError),
+    "unbatched_padding": (lambda q, k: ((q[0], k[0], k[0]), {"key_padding_mask": bools(1, S)}), AssertionError),
+}
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_raise_what_torch_raises(case, need_weights):
+    make, error = BAD_CALLS[case]
+    stock, ours = make_pair(batch_first=True)
+    query, key, _ = make_inputs("batch_first", "shared_kv", stock)
+    arguments, options = make(query, key)
+    for module in (stock, ours):
+        with pytest.raises(error):
+            module(*arguments, need_weights=need_weights, **options)
+
+
+def test_bad_calls_of_our_own_extensions():
+    _, ours = make_pair(dropout=1.5)
+    query, key, value = make_inputs("sequence_first", "shared_kv", ours)
+    with pytest.raises(RuntimeError, match="4D attn_mask"):
+        ours(query, key, value, attn_mask=bools(N, 2, L, S))
+    with pytest.raises(ValueError, match="dropout"):
+        ours(query, key, value)
+
+
+def test_separate_projections_check_the_features():
+    stock, ours = make_pair(kdim=KDIM, vdim=VDIM)
+    query, key, value = make_inputs("sequence_first", "separate", stock)
+    for module in (stock, ours):
+        with pytest.raises(AssertionError):
+            module(query, value, value)
+        with pytest.raises(AssertionError):
+            module(query, key, value[:2])
+
+
+def test_mixed_mask_dtypes_warn():
+    stock, ours = make_pair()
+    inputs = make_inputs("sequence_first", "shared_kv", stock)
+    options = make_masks("padding_bool_mask_float", "sequence_first", S)
+    for module in (stock, ours):
+        with pytest.warns(UserWarning, match="mismatched"):
+            module(*inputs, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_nested_tensors_are_refused():
+    _, ours = make_pair(batch_first=True)
+    nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(4, E)], dtype=torch.float64)
+    with pytest.raises(AssertionError, match="NestedTensor"):
+        ours(nested, nested, nested)
