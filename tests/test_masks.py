@@ -355,25 +355,12 @@ def native():
     return pytest.importorskip("fastattn.backends.native", reason="the compiled library was not built")
 
 
-def native_elements(native, form, L, S):
-    out = torch.full((B, H, L, S), 7, dtype=torch.uint8)
-    native._native.mask_elements(native._mask_arguments(form, B, H, L, S), B, H, L, S, native._ref(out))
-    return out
-
-
-def native_tile_classes(native, form, L, S, block_m, block_n):
-    out = torch.full((B, H, -(-L // block_m), -(-S // block_n)), 7, dtype=torch.uint8)
-    arguments = native._mask_arguments(form, B, H, L, S)
-    native._native.mask_tile_classes(arguments, B, H, L, S, block_m, block_n, native._ref(out))
-    return out
-
-
 def check_native(native, mask, L, S):
     form = mask.kernel_form(B, H, L, S, CPU)
     dense = mask.to_dense(B, H, L, S)
-    assert torch.equal(native_elements(native, form, L, S), dense.to(torch.uint8))
+    assert torch.equal(native.mask_elements(form, B, H, L, S), dense)
     for block_m, block_n in ((48, 64), (5, 64), (3, 17)):
-        classes = native_tile_classes(native, form, L, S, block_m, block_n)
+        classes = native.mask_tile_classes(form, B, H, L, S, block_m, block_n)
         exact = tiles.dense_classes(dense, block_m, block_n)
         proven = classes != tiles.PARTIAL
         assert torch.equal(classes[proven], exact[proven])

@@ -116,6 +116,14 @@ def test_philox_keep_is_keyed_by_the_absolute_position(seed):
         assert bool(keep[b, h, i, j]) == (philox_word(seed, b, h, i, j) >= math.floor(p * 2**32))
 
 
+@pytest.mark.parametrize("seed", [0, 2**63 - 2, -7])
+def test_philox_keep_is_that_of_the_kernels(seed):
+    native = pytest.importorskip("fastattn.backends.native", reason="the compiled library was not built")
+    for p in (0.1, 0.5, 0.999):
+        arguments = torch.tensor(seed), p, 2, 3, 21, 67
+        assert torch.equal(native.philox_keep(*arguments), reference.philox_keep(*arguments))
+
+
 def test_philox_keep_does_not_depend_on_the_size_and_has_the_rate_asked_for():
     seed = torch.tensor(99)
     keep = reference.philox_keep(seed, 0.2, 2, 2, 64, 64)
