@@ -1,0 +1,191 @@
+"""Every contender is held against a float64 evaluation before any speed is printed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from fastattn.bench.contenders import Bound, make_mha, mha_forward
+from fastattn.bench.workloads import (
+    DROPOUT_P,
+    AttentionCase,
+    Case,
+    LossCase,
+    MhaCase,
+    attention_inputs,
+    loss_inputs,
+    mha_inputs,
+    torch_dtype,
+)
+from torch import Tensor
+
+from fastattn.testing import cases as problems
+from fastattn.testing.compare import compare
+from fastattn.testing.oracle import arithmetic_dtype, attention_oracle, loss_oracle, unit_roundoff
+
+MAX_CHECKED_PAIRS = 1 << 23  # (b, h, i, j) evaluated in float64; the check looks at as many heads as that allows
+DROPOUT_SIGMAS = 6.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``errors``: largest error of each quantity over its largest magnitude. ``message`` is empty when all pass."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.message
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values(), default=math.nan)
+
+
+class Check:
+    """The float64 answer to one case; judges what contenders computed.
+
+    The criterion is that of `fastattn.testing.compare`: at most 1.5 times the error that torch's own operation makes on
+    the same inputs in the same dtype, plus the rounding noise of one evaluation. Large problems are judged on some of
+    their heads, over the whole batch. Dropout is judged switched off, and by the mean of what it leaves.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.heads: list[int] | None = None
+        self.peer: dict[str, Tensor] | None = None
+        if isinstance(case, AttentionCase):
+            self._attention(case)
+        elif isinstance(case, MhaCase):
+            self._mha(case)
+        else:
+            self._loss(case)
+
+    def set_peer(self, results: dict[str, Tensor]) -> None:
+        """Takes torch's results, whose error sets the bound of the others."""
+        self.peer = self._selected(results)
+
+    def judge(self, results: dict[str, Tensor], by_torch: bool = False) -> Verdict:
+        """Compares the results of a contender. torch's own eager code rounds every intermediate to the tensors' dtype,
+        so the noise it is allowed (``by_torch``) is that of arithmetic in this dtype."""
+        dtype = torch_dtype(self.case.dtype)
+        allowance = unit_roundoff(dtype) / unit_roundoff(arithmetic_dtype(dtype)) if by_torch else 1.0
+        errors: dict[str, float] = {}
+        messages = []
+        selected = self._selected(results)
+        for name, expected in self.values.items():
+            if name not in selected:
+                messages.append(f"{name} is missing")
+                continue
+            peer = None if self.peer is None else self.peer[name]
+            comparison = compare(name, selected[name], expected, self.noise[name] * allowance, peer)
+            largest = float(expected.abs().max()) if expected.numel() else 0.0
+            errors[name] = comparison.max_error / largest if largest else comparison.max_error
+            if not comparison.ok:
+                messages.append(f"{name}: {comparison.message}")
+        return Verdict(errors, "; ".join(messages))
+
+    def _selected(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The heads that are judged."""
+        if self.heads is None:
+            return results
+        assert isinstance(self.case, AttentionCase)
+        groups = self.case.heads_q // self.case.heads_kv
+        per_query = [h * groups + g for h in self.heads for g in range(groups)]
+        picked = {}
+        for name, tensor in results.items():
+            if tensor.dim() != 4:  # a wrong rank is for the comparison to tell
+                picked[name] = tensor
+            else:
+                heads = self.heads if name in ("dk", "dv") else per_query
+                picked[name] = tensor[:, [h for h in heads if h < tensor.shape[1]]].detach()
+        return picked
+
+    def _attention(self, case: AttentionCase) -> None:
+        x = attention_inputs(case)
+        groups = case.heads_q // case.heads_kv
+        pairs = max(1, case.batch * groups * case.len_q * case.len_k)
+        count = max(1, min(case.heads_kv, MAX_CHECKED_PAIRS // pairs))
+        self.heads = sorted({round(n * (case.heads_kv - 1) / max(1, count - 1)) for n in range(count)})
+        tensors = {"dq": x.query, "dk": x.key, "dv": x.value, "out": x.grad_out}
+        if x.bias is not None:
+            tensors["dbias"] = x.bias
+        picked = self._selected(tensors)
+        problem = problems.Problem(
+            case=problems.Case(
+                seed=0,
+                index=0,
+                batch=case.batch,
+                heads_q=len(self.heads) * groups,
+                heads_kv=len(self.heads),
+                len_q=case.len_q,
+                len_k=case.len_k,
+                dim_qk=case.dim,
+                dim_v=case.dim,
+                dtype=torch_dtype(case.dtype),
+            ),
+            query=picked["dq"],
+            key=picked["dk"],
+            value=picked["dv"],
+            bias=picked.get("dbias"),
+            terms=(),
+            grad_out=picked["out"],
+            grad_lse=None,
+        )
+        keep = torch.ones(1, 1, 1, 1, dtype=torch.bool) if x.make_keep is None else x.make_keep().cpu()
+        allowed = keep.expand(case.batch, len(self.heads) * groups, case.len_q, case.len_k)
+        expected = attention_oracle(problem, allowed, keep=None, gradients=case.backward)
+        names = ["out"] + ([n for n in ("dq", "dk", "dv", "dbias") if n in expected.values] if case.backward else [])
+        self.values = {name: expected.values[name] for name in names}
+        self.noise = {name: expected.noise[name] for name in names}
+
+    def _mha(self, case: MhaCase) -> None:
+        inputs = mha_inputs(case)
+        module = make_mha(case).double().cpu()
+        inputs.x = inputs.x.detach().double().cpu().requires_grad_(case.backward)
+        inputs.grad_out = inputs.grad_out.double().cpu()
+        for mask in ("key_padding_mask", "attn_mask"):
+            tensor = getattr(inputs, mask)
+            setattr(inputs, mask, None if tensor is None else tensor.cpu())
+        leaves = {"x": inputs.x, **dict(module.named_parameters())} if case.backward else {}
+        self.values = Bound(mha_forward(module, case, inputs), leaves, inputs.grad_out).results()
+        self.noise = self._plain_noise(self.values)
+
+    def _plain_noise(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A few roundings of an element, and of a typical one where it cancels to less."""
+        u = unit_roundoff(torch_dtype(self.case.dtype))
+        return {name: 4 * u * (value.abs() + value.square().mean().sqrt()) for name, value in values.items()}
+
+    def _loss(self, case: LossCase) -> None:
+        x = loss_inputs(case)
+        grid = case.size // case.patch
+        problem = problems.LossCase(
+            seed=0,
+            index=0,
+            layout="image",
+            shape=(case.batch, case.channels, case.size, case.size),
+            mask_shape=(case.batch, grid, grid),
+            patch_size=case.patch,
+            kind="l2" if case.kind == "mse" else case.kind,
+            dtype=torch_dtype(case.dtype),
+        )
+        prediction, target, mask = x.prediction.detach().cpu(), x.target.cpu(), x.mask.cpu()
+        expected = loss_oracle(problem, prediction, target, mask, eps=0.0, upstream=torch.ones(()))
+        names = {"out": "loss"} | ({"dinput": "dinput"} if case.backward else {})
+        self.values = {name: expected.values[source] for name, source in names.items()}
+        self.noise = {name: expected.noise[source] for name, source in names.items()}
+
+
+def check_dropout(out: Tensor) -> str:
+    """Judges the output of dropout over values of 1: each row is a sum of probabilities of which dropout took some and
+    enlarged the rest, so the mean over the rows stays 1. Returns what is wrong, or an empty string."""
+    rows = out.detach().double().mean(-1).flatten()
+    mean, spread = float(rows.mean()), float(rows.std())
+    if not math.isfinite(mean) or spread == 0.0:
+        return f"dropout {DROPOUT_P} left every row sum at {mean:.4g}: nothing was dropped"
+    allowed = DROPOUT_SIGMAS * spread / math.sqrt(rows.numel())
+    if abs(mean - 1) > allowed:
+        return f"the mean row sum under dropout is {mean:.5f}, should be 1 within {allowed:.5f}"
+    return ""

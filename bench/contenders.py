@@ -1,0 +1,390 @@
+"""Who runs: our operations, every peer in torch, and the user's own function."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fastattn.bench.workloads import (
+    AttentionCase,
+    AttentionInputs,
+    Case,
+    LossCase,
+    MhaCase,
+    MhaInputs,
+    attention_inputs,
+    loss_inputs,
+    mha_inputs,
+    torch_dtype,
+)
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+from fastattn.testing.adapters import foreign_target
+
+OURS = "fastattn"
+
+
+@dataclass
+class Bound:
+    """A contender with its inputs in place.
+
+    ``forward`` gives the output first. ``leaves`` get a gradient, by the name the check knows them under (empty:
+    forward only). ``grad_out`` is the upstream gradient (None: the output is a scalar loss). ``prepare`` builds anew
+    what ``forward`` takes in place of the mask, when that is any work.
+    """
+
+    forward: Callable[[], Any]
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+    grad_out: Tensor | None = None
+    prepare: Callable[[], object] | None = None
+
+    def step(self) -> object:
+        """What is timed: the forward, and the backward when there are leaves."""
+        if not self.leaves:
+            with torch.no_grad():
+                return self.forward()
+        result = self.forward()
+        out = result[0] if isinstance(result, tuple) else result
+        return out, torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+
+    def results(self) -> dict[str, Tensor]:
+        """Everything that a step computes, by name, for the check."""
+        with torch.set_grad_enabled(bool(self.leaves)):
+            result = self.forward()
+        out, *rest = result if isinstance(result, tuple) else (result,)
+        named = {"out": out.detach()}
+        if rest and rest[0] is not None:
+            named["weights"] = rest[0].detach()
+        if self.leaves:
+            grads = torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+            named.update(zip(self.leaves, grads, strict=True))
+        return named
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name, a binder of inputs, and a function that tells why it cannot run a case (None: it can)."""
+
+    name: str
+    bind: Callable[[Case], Bound]
+    why_not: Callable[[Case], str | None] = lambda case: None
+    slow_to_start: bool = False  # compiles on first use; the quick suite asks for such peers by name
+
+
+def _attention(
+    name: str,
+    make: Callable[[AttentionCase, AttentionInputs], tuple[Callable[[], Tensor], Callable[[], object] | None]],
+    why_not: Callable[[AttentionCase], str | None] = lambda case: None,
+    slow_to_start: bool = False,
+) -> Contender:
+    def bind(case: Case) -> Bound:
+        assert isinstance(case, AttentionCase)
+        inputs = attention_inputs(case)
+        forward, prepare = make(case, inputs)
+        leaves: dict[str, Tensor] = {}
+        if case.backward:
+            leaves = {"dq": inputs.query, "dk": inputs.key, "dv": inputs.value}
+            if inputs.bias is not None:
+                leaves["dbias"] = inputs.bias
+        return Bound(forward, leaves, inputs.grad_out, prepare)
+
+    def reason(case: Case) -> str | None:
+        assert isinstance(case, AttentionCase)
+        return why_not(case)
+
+    return Contender(name, bind, reason, slow_to_start)
+
+
+Made = tuple[Callable[[], Tensor], Callable[[], object] | None]
+
+
+def _ours(case: AttentionCase, x: AttentionInputs) -> Made:
+    mask = None if x.make_mask is None else x.make_mask()
+
+    def forward() -> Tensor:
+        out = fastattn.attention(x.query, x.key, x.value, mask=mask, bias=x.bias, dropout_p=x.dropout_p)
+        assert isinstance(out, Tensor)
+        return out
+
+    backend = fastattn.explain(x.query, x.key, x.value, bias=x.bias).chosen
+
+    def pack(dense: list[Tensor], *sizes: int) -> Any:
+        return torch.ops.fastattn.mask_tiles(dense, *sizes, backend)
+
+    def prepare() -> None:
+        nonlocal mask
+        assert x.make_mask is not None
+        mask = x.make_mask()
+        # The first call with a mask makes the form that the kernels take, and the mask keeps it.
+        mask.kernel_form(case.batch, case.heads_q, case.len_q, case.len_k, x.query.device, build=pack)
+
+    return forward, None if x.make_mask is None else prepare
+
+
+def _masked_by_keep(
+    case: AttentionCase, x: AttentionInputs, run: Callable[[Tensor | None], Tensor]
+) -> tuple[Callable[[], Tensor], Callable[[], object] | None]:
+    """For functions that take the mask as a bool tensor: expanding it is their preparation."""
+    keep = None if x.make_keep is None else x.make_keep()
+
+    def prepare() -> None:
+        nonlocal keep
+        assert x.make_keep is not None
+        keep = x.make_keep()
+
+    needs_work = x.make_keep is not None and not x.given_dense
+    return lambda: run(keep), prepare if needs_work else None
+
+
+def _sdpa(case: AttentionCase, x: AttentionInputs) -> Made:
+    gqa = case.heads_q != case.heads_kv
+
+    def run(keep: Tensor | None) -> Tensor:
+        mask = x.bias if keep is None else keep
+        return F.scaled_dot_product_attention(x.query, x.key, x.value, mask, x.dropout_p, enable_gqa=gqa)
+
+    if x.is_causal:  # torch's fastest way to say it
+        return lambda: F.scaled_dot_product_attention(
+            x.query, x.key, x.value, dropout_p=x.dropout_p, is_causal=True, enable_gqa=gqa
+        ), None
+    return _masked_by_keep(case, x, run)
+
+
+def _sdpa_math(case: AttentionCase, x: AttentionInputs) -> Made:
+    forward, prepare = _sdpa(case, x)
+
+    def with_math() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return forward()
+
+    return with_math, prepare
+
+
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None, bias: Tensor | None, dropout_p: float
+) -> Tensor:
+    """Attention as it is written by hand, with the (B, H, L, S) scores in memory."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    if keep is not None:
+        scores = scores.masked_fill(~keep, float("-inf"))
+    probabilities = torch.softmax(scores, dim=-1)
+    if dropout_p:
+        probabilities = F.dropout(probabilities, dropout_p)
+    return probabilities @ value
+
+
+def _eager(case: AttentionCase, x: AttentionInputs, function: Callable[..., Tensor] = eager_attention) -> Made:
+    return _masked_by_keep(case, x, lambda keep: function(x.query, x.key, x.value, keep, x.bias, x.dropout_p))
+
+
+def _compiled_eager(case: AttentionCase, x: AttentionInputs) -> Made:
+    return _eager(case, x, torch.compile(eager_attention, dynamic=False))
+
+
+def _flex_why_not(case: AttentionCase) -> str | None:
+    if case.device == "cpu" and case.backward:
+        return "FlexAttention has no backward on the CPU"
+    if case.mask == "dropout":
+        return "FlexAttention has no dropout"
+    if case.device == "cpu" and case.dtype == "float64":
+        return "FlexAttention has no float64 on the CPU"
+    return None
+
+
+def _flex(case: AttentionCase, x: AttentionInputs) -> Made:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    keep = None if x.make_keep is None else x.make_keep()
+    block_mask: BlockMask | None = None
+    bias = x.bias
+
+    def prepare() -> None:
+        nonlocal block_mask
+        assert keep is not None
+        dense = keep.reshape((1,) * (4 - keep.dim()) + keep.shape)
+        # Size-1 dimensions are read at 0: the mask function must not index a broadcast dimension.
+        batch, heads, rows, columns = (size > 1 for size in dense.shape)
+
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return dense[b * batch, h * heads, i * rows, j * columns]
+
+        block_mask = create_block_mask(
+            mask_mod,
+            case.batch if batch else None,
+            case.heads_q if heads else None,
+            case.len_q,
+            case.len_k,
+            device=case.device,
+        )
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias[0, h, i, j]
+
+    if keep is not None:
+        prepare()
+
+    def forward() -> Tensor:
+        out = compiled(
+            x.query,
+            x.key,
+            x.value,
+            score_mod=None if bias is None else score_mod,
+            block_mask=block_mask,
+            enable_gqa=case.heads_q != case.heads_kv,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    return forward, None if keep is None else prepare
+
+
+def attention_contenders() -> list[Contender]:
+    """Ours first, then the peers."""
+    return [
+        _attention(OURS, _ours),
+        _attention("sdpa", _sdpa),
+        _attention("sdpa-math", _sdpa_math),
+        _attention("eager", _eager),
+        _attention("compile", _compiled_eager, slow_to_start=True),
+        _attention("flex", _flex, _flex_why_not, slow_to_start=True),
+    ]
+
+
+def user_contender(text: str) -> Contender:
+    """The function named ``module:function``, with SDPA's signature or ours (see `fastattn.testing.adapters`).
+
+    Raises ValueError when it cannot be loaded.
+    """
+    target = foreign_target(text)
+    function = target.function
+
+    def make(case: AttentionCase, x: AttentionInputs) -> Made:
+        options: dict[str, Any] = {} if not x.dropout_p else {"dropout_p": x.dropout_p}
+        if target.signature == "fastattn":
+            mask = None if x.make_mask is None else x.make_mask()
+            options |= {} if mask is None else {"mask": mask}
+            options |= {} if x.bias is None else {"bias": x.bias}
+            return lambda: function(x.query, x.key, x.value, **options), None
+        if case.heads_q != case.heads_kv:
+            options["enable_gqa"] = True
+        if x.is_causal and "is_causal" in _parameter_names(function):
+            return lambda: function(x.query, x.key, x.value, is_causal=True, **options), None
+
+        def run(keep: Tensor | None) -> Tensor:
+            attn_mask = x.bias if keep is None else keep
+            given = options if attn_mask is None else {**options, "attn_mask": attn_mask}
+            out: Tensor = function(x.query, x.key, x.value, **given)
+            return out
+
+        return _masked_by_keep(case, x, run)
+
+    return _attention(text, make)
+
+
+def _parameter_names(function: Callable[..., Any]) -> set[str]:
+    try:
+        return set(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # a builtin without a signature, as torch's own is
+        return {"is_causal"}
+
+
+def _mha(name: str, make: Callable[[MhaCase], nn.Module], slow_to_start: bool = False) -> Contender:
+    def bind(case: Case) -> Bound:
+        assert isinstance(case, MhaCase)
+        inputs = mha_inputs(case)
+        module = make(case)
+        leaves = {"x": inputs.x, **dict(module.named_parameters())} if case.backward else {}
+        return Bound(mha_forward(module, case, inputs), leaves, inputs.grad_out)
+
+    return Contender(name, bind, slow_to_start=slow_to_start)
+
+
+def mha_forward(module: nn.Module, case: MhaCase, inputs: MhaInputs) -> Callable[[], Any]:
+    """The call of ``nn.MultiheadAttention`` on these inputs."""
+    return lambda: module(
+        inputs.x,
+        inputs.x,
+        inputs.x,
+        key_padding_mask=inputs.key_padding_mask,
+        attn_mask=inputs.attn_mask,
+        need_weights=case.need_weights,
+    )
+
+
+def make_mha(case: MhaCase, cls: type[nn.Module] = nn.MultiheadAttention) -> nn.Module:
+    """The layer; the same seed gives every class the same parameters."""
+    torch.manual_seed(0)
+    module = cls(case.embed_dim, case.heads, batch_first=True)  # type: ignore[call-arg]
+    return module.to(torch.device(case.device), torch_dtype(case.dtype)).train(case.backward)
+
+
+def mha_contenders() -> list[Contender]:
+    """Our module first, then torch's."""
+
+    def compiled(case: MhaCase) -> nn.Module:
+        module = make_mha(case)
+        module.compile(dynamic=False)
+        return module
+
+    return [
+        _mha(OURS, lambda case: make_mha(case, fastattn.MultiheadAttention)),
+        _mha("nn.MultiheadAttention", make_mha),
+        _mha("compile", compiled, slow_to_start=True),
+    ]
+
+
+def _loss(name: str, make: Callable[[LossCase], Callable[..., Tensor]], slow_to_start: bool = False) -> Contender:
+    def bind(case: Case) -> Bound:
+        assert isinstance(case, LossCase)
+        x = loss_inputs(case)
+        function = make(case)
+        leaves = {"dinput": x.prediction} if case.backward else {}
+        return Bound(lambda: function(x.prediction, x.target, x.mask, x.patch), leaves)
+
+    return Contender(name, bind, slow_to_start=slow_to_start)
+
+
+def authors_l1_loss(prediction: Tensor, target: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """SimMIM's loss as its authors publish it: the patch mask expanded to pixels, L1 everywhere, then masked."""
+    pixels = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2).unsqueeze(1).contiguous()
+    recon = F.l1_loss(target, prediction, reduction="none")
+    return (recon * pixels).sum() / (pixels.sum() + 1e-5) / prediction.shape[1]
+
+
+def eager_mse_loss(prediction: Tensor, target: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """The same with the squared error."""
+    pixels = mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2).unsqueeze(1).contiguous()
+    recon = F.mse_loss(prediction, target, reduction="none")
+    return (recon * pixels).sum() / (pixels.sum() + 1e-5) / prediction.shape[1]
+
+
+def _eager_loss(case: LossCase) -> Callable[..., Tensor]:
+    return authors_l1_loss if case.kind == "l1" else eager_mse_loss
+
+
+def _our_loss(case: LossCase) -> Callable[..., Tensor]:
+    function = fastattn.masked_l1_loss if case.kind == "l1" else fastattn.masked_mse_loss
+    return lambda prediction, target, mask, patch: function(prediction, target, mask, patch_size=patch)
+
+
+def loss_contenders() -> list[Contender]:
+    """Ours first, then the loss as written by hand, eager and compiled."""
+    return [
+        _loss(OURS, _our_loss),
+        _loss("eager", _eager_loss),
+        _loss("compile", lambda case: torch.compile(_eager_loss(case), dynamic=False), slow_to_start=True),
+    ]

@@ -1,0 +1,326 @@
+"""What is measured: the problems, their inputs, and how their work is counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastattn import Mask
+
+MASK_KINDS = ("dense", "causal", "window", "padded", "random", "block-sparse", "segments", "bias", "dropout")
+DROPOUT_P = 0.1
+DROPOUT_OF_ONES = "dropout-of-ones"  # for the check: with values of 1 the output is what dropout leaves of each row
+BACKWARD_FLOPS = 2.5  # of the forward: five products in place of two
+EXECUTED_TILE = (48, 64)  # queries by keys, the tile of the CPU kernels
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A speed that is promised: at least ``at_least`` times the speed of ``peer``."""
+
+    peer: str
+    at_least: float
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One attention problem: shapes, mask kind, dtype, and whether the backward is part of the step."""
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    len_q: int
+    len_k: int
+    dim: int
+    mask: str = "dense"
+    dtype: str = "float32"
+    backward: bool = False
+    device: str = "cpu"
+    condition: Condition | None = None
+
+    @property
+    def shape(self) -> str:
+        heads = f"{self.heads_q}" if self.heads_q == self.heads_kv else f"{self.heads_q}/{self.heads_kv}"
+        lengths = f"{self.len_q}" if self.len_q == self.len_k else f"{self.len_q}x{self.len_k}"
+        return f"{self.batch},{heads},{lengths},{self.dim}"
+
+    @property
+    def title(self) -> str:
+        return f"attention {self.mask} ({self.shape}) {self.dtype} {step_name(self.backward)}"
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "attention", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
+
+
+@dataclass(frozen=True)
+class MhaCase:
+    """One layer of self-attention: ``nn.MultiheadAttention`` as users call it, ``need_weights`` left at its default."""
+
+    batch: int
+    length: int
+    embed_dim: int
+    heads: int
+    mask: str = "dense"  # dense | padded | causal
+    dtype: str = "float32"
+    backward: bool = True
+    device: str = "cpu"
+    need_weights: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch},{self.length},{self.embed_dim} of {self.heads} heads"
+
+    @property
+    def title(self) -> str:
+        weights = "with weights" if self.need_weights else "without weights"
+        return f"MultiheadAttention {self.mask} ({self.shape}) {weights} {self.dtype} {step_name(self.backward)}"
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "mha", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
+
+
+@dataclass(frozen=True)
+class LossCase:
+    """A masked reconstruction loss over images with a patch-grid mask."""
+
+    batch: int
+    channels: int
+    size: int
+    patch: int
+    kind: str = "l1"  # l1 | mse
+    ratio: float = 0.6
+    dtype: str = "float32"
+    backward: bool = True
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch},{self.channels},{self.size},{self.size} patch {self.patch}"
+
+    @property
+    def title(self) -> str:
+        return f"masked {self.kind} ({self.shape}) {self.dtype} {step_name(self.backward)}"
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "loss", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
+
+
+Case = AttentionCase | MhaCase | LossCase
+
+
+def step_name(backward: bool) -> str:
+    return "forward+backward" if backward else "forward"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+@dataclass
+class AttentionInputs:
+    """The tensors of an attention problem; ``leaves`` are those that get a gradient.
+
+    ``keep`` is the bool mask that torch's functions take, in its smallest broadcastable shape, and ``make_mask`` builds
+    ours; ``given_dense`` tells that the mask comes as a bool tensor from the start, so that nobody has to expand it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    bias: Tensor | None = None
+    dropout_p: float = 0.0
+    make_keep: Callable[[], Tensor] | None = None
+    make_mask: Callable[[], Mask] | None = None
+    is_causal: bool = False
+    given_dense: bool = False
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.query, self.key, self.value, self.bias) if t is not None and t.requires_grad]
+
+
+def _documents(length: int, count: int, batch: int, device: torch.device, generator: torch.Generator) -> Tensor:
+    """Ids (batch, length) of ``count`` documents of random lengths, each at least half of its fair share."""
+    jitter = 0.5 * torch.rand(batch, count, generator=generator)
+    ends = (torch.arange(count) + 0.5 + jitter) * (length / count)
+    positions = torch.arange(length).expand(batch, length)
+    return torch.searchsorted(ends.contiguous(), positions.to(ends.dtype).contiguous()).clamp_(max=count - 1).to(device)
+
+
+def attention_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
+    """Random normal inputs; the same seed gives the same tensors to every contender and in every process."""
+    device, dtype = torch.device(case.device), torch_dtype(case.dtype)
+    generator = torch.Generator().manual_seed(seed)
+    B, Hq, L, S = case.batch, case.heads_q, case.len_q, case.len_k
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    query = normal(B, Hq, L, case.dim).requires_grad_(case.backward)
+    key = normal(B, case.heads_kv, S, case.dim).requires_grad_(case.backward)
+    value = normal(B, case.heads_kv, S, case.dim).requires_grad_(case.backward)
+    inputs = AttentionInputs(query, key, value, normal(B, Hq, L, case.dim))
+
+    def offsets() -> Tensor:
+        return torch.arange(S, device=device) - torch.arange(L, device=device)[:, None]  # j - i, (L, S)
+
+    if case.mask == "causal":
+        inputs.is_causal = True
+        inputs.make_keep = lambda: offsets() <= 0
+        inputs.make_mask = Mask.causal
+    elif case.mask == "window":  # S / 16 keys about the diagonal
+        left, right = max(1, S // 32), max(0, S // 32 - 1)
+        inputs.make_keep = lambda: (offsets() >= -left) & (offsets() <= right)
+        inputs.make_mask = lambda: Mask.window(left, right)
+    elif case.mask == "padded":  # half of the keys are padding
+        lengths = torch.full((B,), max(1, S // 2), device=device)
+        inputs.make_keep = lambda: (torch.arange(S, device=device) < lengths[:, None])[:, None, None, :]
+        inputs.make_mask = lambda: Mask.key_lengths(lengths)
+    elif case.mask == "segments":  # eight documents in a row
+        queries = _documents(L, min(8, L, S), B, device, generator)
+        keys = queries if L == S else _documents(S, min(8, L, S), B, device, generator)
+        inputs.make_keep = lambda: queries[:, None, :, None] == keys[:, None, None, :]
+        inputs.make_mask = lambda: Mask.segments(queries, keys)
+    elif case.mask in ("random", "block-sparse"):
+        keep = _random(L, S, generator) if case.mask == "random" else _block_sparse(L, S, generator)
+        keep = keep.to(device)
+        inputs.given_dense = True
+        inputs.make_keep = lambda: keep
+        inputs.make_mask = lambda: Mask.dense(keep)
+    elif case.mask == "bias":
+        inputs.bias = normal(1, Hq, L, S).requires_grad_(case.backward)
+    elif case.mask == "dropout":
+        inputs.dropout_p = DROPOUT_P
+    elif case.mask == DROPOUT_OF_ONES:
+        inputs.dropout_p = DROPOUT_P
+        inputs.value = torch.ones_like(value)
+    elif case.mask != "dense":
+        raise ValueError(f"mask kind must be one of {', '.join(MASK_KINDS)}, got {case.mask!r}")
+    return inputs
+
+
+def _random(L: int, S: int, generator: torch.Generator) -> Tensor:
+    keep = torch.rand(L, S, generator=generator) < 0.5
+    keep[:, 0] = True  # no empty rows: torch's functions give NaN there
+    return keep
+
+
+def _block_sparse(L: int, S: int, generator: torch.Generator) -> Tensor:
+    """About 10 % of the tiles, the diagonal among them."""
+    block = 128 if S >= 2048 else 64
+    rows, columns = -(-L // block), -(-S // block)
+    live = torch.rand(rows, columns, generator=generator) < max(0.0, 0.1 - 1 / columns)
+    live |= torch.arange(columns) == torch.arange(rows)[:, None] % columns
+    return live.repeat_interleave(block, 0).repeat_interleave(block, 1)[:L, :S]
+
+
+def attending_pairs(case: AttentionCase, inputs: AttentionInputs) -> int:
+    """How many (b, h, i, j) may attend."""
+    everything = case.batch * case.heads_q * case.len_q * case.len_k
+    if inputs.make_keep is None:
+        return everything
+    keep = inputs.make_keep()
+    return int(keep.sum()) * (everything // keep.numel())
+
+
+def executed_pairs(case: AttentionCase, inputs: AttentionInputs) -> int:
+    """How many (b, h, i, j) lie in tiles that hold an attending pair: the work of a kernel that skips empty tiles."""
+    everything = case.batch * case.heads_q * case.len_q * case.len_k
+    if inputs.make_keep is None:
+        return everything
+    keep = inputs.make_keep()
+    keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape).expand(-1, -1, case.len_q, case.len_k)
+    rows, columns = EXECUTED_TILE
+    padded = F.pad(keep, (0, -case.len_k % columns, 0, -case.len_q % rows))
+    live = padded.unflatten(-1, (-1, columns)).unflatten(2, (-1, rows)).any(-1).any(3)  # (B|1, H|1, nQ, nK)
+    height = (case.len_q - torch.arange(live.shape[2]) * rows).clamp(max=rows)
+    width = (case.len_k - torch.arange(live.shape[3]) * columns).clamp(max=columns)
+    pairs = int((live.cpu() * (height[:, None] * width)).sum())
+    return pairs * (case.batch * case.heads_q // (live.shape[0] * live.shape[1]))
+
+
+def attention_flops(case: AttentionCase, pairs: int) -> float:
+    """FLOPs of a step over ``pairs``: 4 D forward, and 2.5 times that for the backward."""
+    return 4.0 * case.dim * pairs * (1 + BACKWARD_FLOPS * case.backward)
+
+
+def attention_bytes(case: AttentionCase, inputs: AttentionInputs) -> int:
+    """Each input read once, each output written once."""
+    read = [inputs.query, inputs.key, inputs.value] + ([] if inputs.bias is None else [inputs.bias])
+    sizes = sum(t.numel() * t.element_size() for t in read)
+    out = inputs.grad_out.numel() * inputs.grad_out.element_size()
+    return sizes + out if not case.backward else 2 * sizes + 2 * out
+
+
+@dataclass
+class MhaInputs:
+    """Input (B, L, E), the upstream gradient, and the arguments of ``nn.MultiheadAttention.forward``."""
+
+    x: Tensor
+    grad_out: Tensor
+    key_padding_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+
+
+def mha_inputs(case: MhaCase, seed: int = 0) -> MhaInputs:
+    """Random normal input; torch's polarity in the masks: True = ignore."""
+    generator = torch.Generator().manual_seed(seed)
+    device, dtype = torch.device(case.device), torch_dtype(case.dtype)
+    x, grad_out = (
+        torch.randn(case.batch, case.length, case.embed_dim, generator=generator).to(device, dtype) for _ in range(2)
+    )
+    inputs = MhaInputs(x.requires_grad_(case.backward), grad_out)
+    if case.mask == "padded":
+        padding = torch.arange(case.length, device=device) >= max(1, case.length // 2)
+        inputs.key_padding_mask = padding.expand(case.batch, -1).contiguous()
+    elif case.mask == "causal":
+        inputs.attn_mask = torch.ones(case.length, case.length, dtype=torch.bool, device=device).triu(1)
+    return inputs
+
+
+def mha_flops(case: MhaCase) -> float:
+    """The four projections and the attention over the attending pairs; products that only make the weights count for
+    nothing."""
+    share = {"dense": 1.0, "padded": 0.5, "causal": 0.5 + 0.5 / case.length}[case.mask]
+    projections = 8.0 * case.batch * case.length * case.embed_dim**2
+    attention = 4.0 * case.batch * case.length * case.length * case.embed_dim * share
+    if not case.backward:
+        return projections + attention
+    return 3.0 * projections + (1 + BACKWARD_FLOPS) * attention
+
+
+@dataclass
+class LossInputs:
+    """Prediction and target (B, C, H, W), mask (B, H/p, W/p) with True = counts."""
+
+    prediction: Tensor
+    target: Tensor
+    mask: Tensor
+    patch: int
+
+
+def loss_inputs(case: LossCase, seed: int = 0) -> LossInputs:
+    """Random normal pictures; the same number of patches counts in each."""
+    generator = torch.Generator().manual_seed(seed)
+    device, dtype = torch.device(case.device), torch_dtype(case.dtype)
+    shape = (case.batch, case.channels, case.size, case.size)
+    prediction, target = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    grid = case.size // case.patch
+    order = torch.rand(case.batch, grid * grid, generator=generator).argsort(1)
+    mask = (order < math.ceil(case.ratio * grid * grid)).view(case.batch, grid, grid).to(device)
+    return LossInputs(prediction.requires_grad_(case.backward), target, mask, case.patch)
+
+
+def loss_bytes(case: LossCase, inputs: LossInputs) -> float:
+    """The counted elements of both pictures read once, and the gradient written once."""
+    counted = int(inputs.mask.sum()) * case.channels * case.patch**2
+    size = inputs.prediction.element_size()
+    return 2.0 * size * counted + (size * inputs.prediction.numel() if case.backward else 0)
