@@ -240,7 +240,9 @@ def random_loss_case(seed: int, index: int, dtype: torch.dtype | None = None) ->
         mask_shape = shape[:2]
     else:
         shape = tuple(rng.choice((1, 2, 5, 17)) for _ in range(rng.choice((0, 1, 2, 3)))) + (rng.choice((2, 33, 100)),)
-        mask_shape = tuple(1 if rng.random() < 0.3 else size for size in shape)[rng.choice((0, 0, len(shape) // 2)) :]
+        mask_shape = tuple(1 if rng.random() < 0.3 else size for size in shape)
+        if len(shape) != 3:  # where two dimensions could also be those of tokens
+            mask_shape = mask_shape[rng.choice((0, 0, len(shape) // 2)) :]
     normalisable = layout != "image" or shape[1] * (patch_size or 1) ** 2 > 1
     return LossCase(
         seed=seed,
@@ -272,17 +274,20 @@ def _random_sizes(rng: random.Random, seed: int, index: int) -> Case:
         len_q, len_k = rng.choice(LONG_LENGTHS), rng.choice(LONG_LENGTHS)
     dim_qk = rng.choice(HEAD_DIMS)
     dim_v = rng.choice(HEAD_DIMS) if rng.random() < 0.25 else dim_qk
-    sizes = {"batch": rng.choice((1, 2, 2, 3)), "len_q": len_q, "len_k": len_k}
+    batch = rng.choice((1, 2, 2, 3))
     if rng.random() < 0.05:
-        sizes[rng.choice(tuple(sizes))] = 0
+        empty = rng.choice(("batch", "query", "key"))
+        batch, len_q, len_k = (
+            0 if what == empty else size for what, size in (("batch", batch), ("query", len_q), ("key", len_k))
+        )
 
     # Shrink batch, then heads, then the head dimensions, then the query length until the case is affordable.
     def pairs() -> int:
-        return sizes["batch"] * heads_kv * group * sizes["len_q"] * sizes["len_k"]
+        return batch * heads_kv * group * len_q * len_k
 
     while pairs() > MAX_PAIRS or pairs() * (dim_qk + dim_v) > MAX_WORK:
-        if sizes["batch"] > 1:
-            sizes["batch"] -= 1
+        if batch > 1:
+            batch -= 1
         elif heads_kv > 1:
             heads_kv -= 1
         elif group > 2:
@@ -290,9 +295,17 @@ def _random_sizes(rng: random.Random, seed: int, index: int) -> Case:
         elif max(dim_qk, dim_v) > 40:
             dim_qk, dim_v = min(dim_qk, 40), min(dim_v, 40)
         else:
-            sizes["len_q"] = rng.choice(LENGTHS)
+            len_q = rng.choice(LENGTHS)
     return Case(
-        seed=seed, index=index, heads_q=heads_kv * group, heads_kv=heads_kv, dim_qk=dim_qk, dim_v=dim_v, **sizes
+        seed=seed,
+        index=index,
+        batch=batch,
+        heads_q=heads_kv * group,
+        heads_kv=heads_kv,
+        len_q=len_q,
+        len_k=len_k,
+        dim_qk=dim_qk,
+        dim_v=dim_v,
     )
 
 

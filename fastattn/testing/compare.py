@@ -192,6 +192,34 @@ def _composite(
     return (weights @ v.repeat_interleave(group, dim=1)).to(query.dtype), lse
 
 
+def weights_peer(
+    problem: Problem,
+    allowed: Tensor,
+    keep: Tensor | None,
+    lse: Tensor,
+    average_heads: bool,
+    grad_weights: Tensor,
+) -> dict[str, Tensor]:
+    """attention_weights and its gradients with torch's operators in the arithmetic dtype. SDPA has no such output."""
+    case = problem.case
+    inputs = {"dq": problem.query, "dk": problem.key, "dlse": lse}
+    if problem.bias is not None:
+        inputs["dbias"] = problem.bias
+    inputs = {name: tensor.detach().cpu().requires_grad_() for name, tensor in inputs.items()}
+    arithmetic = arithmetic_dtype(case.dtype)
+    q, k = inputs["dq"].to(arithmetic), inputs["dk"].to(arithmetic)
+    scores = (q @ k.repeat_interleave(case.heads_q // case.heads_kv, dim=1).transpose(-1, -2)) * case.effective_scale
+    if problem.bias is not None:
+        scores = scores + inputs["dbias"].to(arithmetic)
+    shift = inputs["dlse"].to(arithmetic).masked_fill(lse.cpu() == float("-inf"), 0.0)
+    weights = torch.exp((scores - shift.unsqueeze(-1)).masked_fill(~allowed, float("-inf")))
+    if keep is not None:
+        weights = weights * keep / (1.0 - case.dropout_p)
+    weights = (weights.mean(dim=1) if average_heads else weights).to(case.dtype)
+    gradients = torch.autograd.grad(weights, list(inputs.values()), grad_weights.cpu())
+    return {"weights": weights.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
 def eager_loss_peer(
     case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps: float, upstream: Tensor
 ) -> dict[str, Tensor]:

@@ -83,7 +83,11 @@ def verify(
 def _work(
     target: Target, n: int, seed: int, dtype: torch.dtype | None, case: str | None, loss: bool
 ) -> Iterator[tuple[str, Case | WeightsCase | LossCase]]:
-    makers = {"attention": random_case, "weights": random_weights_case, "loss": random_loss_case}
+    makers: dict[str, Callable[..., Case | WeightsCase | LossCase]] = {
+        "attention": random_case,
+        "weights": random_weights_case,
+        "loss": random_loss_case,
+    }
     if case is not None:
         family, index = parse_case(case)
         if family != "attention" and not target.own:
