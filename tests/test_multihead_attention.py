@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -218,6 +219,18 @@ def test_float32_masks_serve_every_dtype(dtype):
     tolerance = 1e-6 if dtype == torch.float64 else 5e-2
     assert_same(call(ours, inputs, {"attn_mask": mask, "need_weights": False}), expected, tolerance)
     assert ours(*inputs, attn_mask=mask)[1].dtype == dtype
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("masks", ["none", "padding_bool", "mask_2d_bool", "mask_2d_float"])
+def test_lengths_of_several_tiles(layout, masks, monkeypatch):
+    for name, size in (("E", 80), ("H", 2), ("L", 113), ("S", 131)):
+        monkeypatch.setitem(globals(), name, size)
+    stock, ours = make_pair(torch.float32, batch_first=layout == "batch_first")
+    for sharing in ("self", "shared_kv"):
+        inputs = make_inputs(layout, sharing, stock, torch.float32)
+        options = make_masks(masks, layout, L if sharing == "self" else S, torch.float32)
+        assert_same(call(ours, inputs, options), call(stock, inputs, options), 5e-5)
 
 
 # State --------------------------------------------------------------------------------------------
@@ -446,6 +459,22 @@ def test_dropout_gradients_are_those_of_the_weights():
         return ours(x, x, x)
 
     assert torch.autograd.gradcheck(function, (inputs[0],))
+
+
+def test_activation_checkpointing_repeats_the_dropout():
+    _, ours = make_pair(dropout=0.3, batch_first=True)
+    x = make_inputs("batch_first", "self", ours)[0]
+    gradients = []
+    for checkpointed in (False, True):
+        ours.zero_grad()
+        torch.manual_seed(11)
+        if checkpointed:
+            out, _ = torch.utils.checkpoint.checkpoint(ours, x, x, x, use_reentrant=False)
+        else:
+            out, _ = ours(x, x, x)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x)
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
 
 
 def test_dropout_of_everything():

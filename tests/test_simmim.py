@@ -146,6 +146,20 @@ def test_only_hidden_pixels_count_and_only_visible_ones_are_seen(loss):
     assert model(torch.where(hidden, prediction, images), mask) < 1e-5 < model(images, mask)
 
 
+def test_prediction_has_the_layout_of_the_images():
+    model = make_model()
+    images, seen = torch.randn(2, 3, SIZE, SIZE), []
+    model.loss = lambda prediction, *args, **kwargs: seen.append(prediction) or prediction.sum()
+    model(images)
+    assert seen[0].stride() == images.stride()
+    mask = model.patch_mask.to_model_grid(model.patch_mask(2, generator=torch.Generator().manual_seed(4)))
+    tokens = torch.where(mask.flatten(1)[..., None], model.mask_token, model.encoder.patch_embed(images))
+    patches = model.head(model.encoder.forward_tokens(tokens)).transpose(1, 2)
+    expected = F.pixel_shuffle(patches.unflatten(2, mask.shape[1:]), PATCH)
+    model(images, mask)
+    assert torch.equal(seen[1], expected)
+
+
 def test_mask_on_either_grid_is_the_same():
     model = make_model()
     images = torch.randn(2, 3, SIZE, SIZE)

@@ -242,8 +242,11 @@ class SimMIM(nn.Module):
         tokens = self.encoder.patch_embed(images)  # (B, N, E)
         tokens = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         pixels = self.head(self.encoder.forward_tokens(tokens))  # (B, N', C q²)
-        rows = images.shape[2] // self.output_patch_size
-        return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (rows, -1)), self.output_patch_size)
+        # As pixel_shuffle, which would hand the layout of the tokens on; the loss reads images row by row.
+        side = self.output_patch_size
+        grid = (images.shape[2] // side, images.shape[3] // side)
+        patches = pixels.unflatten(2, (-1, side, side)).unflatten(1, grid)  # (B, H/q, W/q, C, q, q)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
 
 
 class ViTBlock(nn.Module):
