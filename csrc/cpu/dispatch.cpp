@@ -14,11 +14,8 @@ namespace fastattn::cpu {
 namespace {  // INTERIM-BEGIN
 }
 #define FASTATTN_WEAK(ns) namespace ns { \
-  __attribute__((weak)) int64_t attention_forward_workspace(const AttentionForwardParams&);  __attribute__((weak)) void attention_forward(const AttentionForwardParams&); \
-  __attribute__((weak)) int64_t attention_backward_workspace(const AttentionBackwardParams&);  __attribute__((weak)) void attention_backward(const AttentionBackwardParams&); \
   __attribute__((weak)) int64_t attention_weights_workspace(const AttentionWeightsParams&);  __attribute__((weak)) void attention_weights(const AttentionWeightsParams&); \
-  __attribute__((weak)) int64_t attention_weights_backward_workspace(const AttentionWeightsBackwardParams&);  __attribute__((weak)) void attention_weights_backward(const AttentionWeightsBackwardParams&); \
-  __attribute__((weak)) void mask_tiles(const MaskTilesParams&); __attribute__((weak)) int64_t masked_loss_workspace(const MaskedLossParams&); __attribute__((weak)) void masked_loss(const MaskedLossParams&); }
+  __attribute__((weak)) int64_t attention_weights_backward_workspace(const AttentionWeightsBackwardParams&);  __attribute__((weak)) void attention_weights_backward(const AttentionWeightsBackwardParams&); }
 FASTATTN_WEAK(baseline)
 FASTATTN_WEAK(avx2)
 FASTATTN_WEAK(avx512)  // INTERIM-END

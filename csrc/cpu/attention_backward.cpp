@@ -1,0 +1,493 @@
+// Attention backward: gradients of query, key, value and bias from the output, its gradient and lse, in one walk over the
+// tiles (Dao 2023, FlashAttention-2, algorithm 2), five products a tile pair:
+//     S  [48, 64]  = Q [48, D] K^T [D, 64]         K^T, V^T are transposed once per key tile
+//     dP [48, 64]  = dO [48, Dv] V^T [Dv, 64]
+//     P  = 2^(c S - c' lse), dS = P (dP - delta), in place; c = scale log2 e, c' = log2 e, delta = rowsum(dO O) - dlse
+//     dV [64, Dv] += P^T [64, 48] dO [48, Dv]      broadcasts walk down P; dO, Q and K are read as they lie
+//     dK [64, D]  += dS^T [64, 48] Q [48, D]
+//     dQ [48, D]  += dS [48, 64] K [64, D]
+// Here a key is a vector lane (in the forward it is a query): what is known per row, lse and delta, is a broadcast, and the
+// words of the mask and of the dropout are used as they are made. The scale of dQ and dK is applied when they are written.
+//
+// Order: a group is one (batch, key head) with all its query heads. It walks its key tiles; dK and dV of a tile stay in scratch
+// while all its rows pass; dQ is summed in the order of the key tiles, in place where it is of the compute type, else in a
+// scratch of [query heads of the group, L, D]. No two threads add to the same number:
+//   * a work item is every group that adds to the same bias gradient, in the order of (batch, head); without a broadcast
+//     bias gradient it is one group;
+//   * when that makes too few items for the threads, the key tiles are dealt out to kMaxChunks chunks at most, each with a dQ of its
+//     own, added afterwards in the order of the chunks. Columns of the bias gradient belong to one chunk.
+// So the result depends on the number of threads, through the number of chunks, and on nothing else.
+//
+// Bytes, float, D = 64: S and dP 12 KB each, K^T, V^T, K, dK, dV 16 KB each, Q, dO, dQ 12 KB each: 150 KB in L2, of which a
+// product needs 40 KB and streams all but its operand B, 12 to 16 KB in L1. Registers: gemm.h.
+//
+// No pair of a full tile meets mask code. In a partial tile dead rows and keys at the ends are cut off; P and dS of the other
+// dead pairs are replaced by 0, whatever NaN they hold; rows of K, Q and dO that are dead for the whole tile are replaced by
+// zeros before they are multiplied by those, because 0 * NaN is NaN.
+#include <cmath>
+
+#include "../core/softmax.h"
+#include "schedule.h"
+#include "tile.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+constexpr int64_t kMaxChunks = 16;      // bounds the memory for the parts of dQ
+constexpr int64_t kItemsPerThread = 2;  // fewer leave threads idle at the end
+
+struct Plan {
+  int64_t query_heads;               // per key head
+  int64_t batches, heads;            // of a work item, counted in groups
+  int64_t chunks, items;
+  bool query_in_place;               // dQ is summed where it will lie
+};
+
+template <typename T>
+static Plan make_plan(const AttentionBackwardParams& p) {
+  Plan plan;
+  const bool over_batch = p.grad_bias && p.grad_bias.stride[0] == 0, over_heads = p.grad_bias && p.grad_bias.stride[1] == 0;
+  plan.query_heads = p.heads_kv ? p.heads_q / p.heads_kv : 0;
+  plan.batches = over_batch ? p.batch : min64(p.batch, 1);
+  plan.heads = over_heads ? p.heads_kv : min64(p.heads_kv, 1);
+  const int64_t owners = plan.batches && plan.heads ? p.batch / plan.batches * (p.heads_kv / plan.heads) : 0;
+  const int64_t tiles = (p.len_k + kTileN - 1) / kTileN;
+  plan.chunks = 1;
+  // A bias gradient summed over the keys would be shared by the chunks.
+  const bool divisible = !p.grad_bias || p.grad_bias.stride[3] != 0;
+  if (owners && p.num_threads > 1 && owners < kItemsPerThread * p.num_threads && divisible)
+    plan.chunks = max64(1, min64(min64(tiles, kMaxChunks), (kItemsPerThread * p.num_threads + owners - 1) / owners));
+  plan.items = owners * plan.chunks;
+  plan.query_in_place = plan.chunks == 1 && rows_in_place<T>(p.grad_query.dtype, p.grad_query.stride[2], static_cast<int>(p.dim_qk));
+  return plan;
+}
+
+// Scratch of one thread. Rows of K, Q, dK, dQ take ld_k, rows of V, dO, dV ld_v, rows of everything else kTileN.
+template <typename T>
+struct Scratch {
+  int64_t ld_k, ld_v;
+  T *shift, *delta;          // [query heads of a group, L]: log2 e * lse, and delta
+  T* grad_query;             // [query heads of a group, L, ld_k], unless in place or in parts
+  T *p, *ds, *bias;          // [kTileM, kTileN]
+  T *key_t, *value_t;        // [D, kTileN], [Dv, kTileN]
+  T *key, *live_key, *grad_key, *grad_value;  // [kTileN, ld]
+  T *query, *grad_out;       // [kTileM, ld]
+  T* staging;
+};
+
+template <typename T>
+static Scratch<T> carve(Arena& arena, const AttentionBackwardParams& p, const Plan& plan) {
+  constexpr int W = kWidth<T>;
+  Scratch<T> s;
+  s.ld_k = round_up(static_cast<int>(p.dim_qk), W);
+  s.ld_v = round_up(static_cast<int>(p.dim_v), W);
+  s.shift = arena.take<T>(plan.query_heads * p.len_q);
+  s.delta = arena.take<T>(plan.query_heads * p.len_q);
+  s.grad_query = arena.take<T>(plan.query_in_place || plan.chunks > 1 ? 0 : plan.query_heads * p.len_q * s.ld_k);
+  s.p = arena.take<T>(kTileM * kTileN);
+  s.ds = arena.take<T>(kTileM * kTileN);
+  s.bias = arena.take<T>(p.bias ? kTileM * kTileN : 0);
+  // A product that starts at a later key reads whole vectors past the end of the last row.
+  s.key_t = arena.take<T>(p.dim_qk * kTileN + W);
+  s.value_t = arena.take<T>(p.dim_v * kTileN + W);
+  s.key = arena.take<T>(kTileN * s.ld_k);
+  s.live_key = arena.take<T>(kTileN * s.ld_k);
+  s.grad_key = arena.take<T>(kTileN * s.ld_k);
+  s.grad_value = arena.take<T>(kTileN * s.ld_v);
+  s.query = arena.take<T>(kTileM * s.ld_k);
+  s.grad_out = arena.take<T>(kTileM * s.ld_v);
+  s.staging = arena.take<T>(max64(W, 2) * max64(s.ld_k, s.ld_v));
+  return s;
+}
+
+// Parts of dQ, [chunks, B, Hq, L, ld_k], behind the order of the items in the shared part of the workspace.
+template <typename T>
+static T* carve_shared(Arena& arena, const AttentionBackwardParams& p, const Plan& plan, int64_t** order, int64_t** cost) {
+  *order = arena.take<int64_t>(plan.items);
+  *cost = arena.take<int64_t>(plan.items);
+  const int64_t ld = round_up(static_cast<int>(p.dim_qk), kWidth<T>);
+  return arena.take<T>(plan.chunks > 1 ? plan.chunks * p.batch * p.heads_q * p.len_q * ld : 0);
+}
+
+// ---- one tile pair, between the products ----
+
+// What a tile has beyond the plain softmax. Bit and column 0 are the first key of the (cut) tile.
+template <typename T>
+struct TileTerms {
+  T to_log2;                // c of the head of this file
+  const T* bias;            // [rows][kTileN] in units of log 2, or null
+  const uint64_t* allowed;  // [rows], bit `first_bit` + j: key j may be attended to, or null
+  const uint64_t* kept;     // the same: dropout keeps the probability, or null
+  int first_bit;
+  T kept_scale;             // 1 / (1 - dropout p)
+};
+
+// In: p = Q K^T, ds = dO V^T. Out: p = probabilities after dropout, ds = gradient of the scores. [rows][kTileN] each.
+template <typename T, bool kPlain>
+static void softmax_gradient(T* p, T* ds, int rows, int keys, const T* shift, const T* delta, const TileTerms<T>& terms) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> to_log2 = broadcast(terms.to_log2), kept_scale = broadcast(terms.kept_scale);
+  for (int r = 0; r < rows; ++r) {
+    const Vec<T> row_shift = broadcast(shift[r]), row_delta = broadcast(delta[r]);
+    const uint64_t allowed = !kPlain && terms.allowed ? terms.allowed[r] >> terms.first_bit : ~uint64_t{0};
+    const uint64_t kept = !kPlain && terms.kept ? terms.kept[r] >> terms.first_bit : 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < keys; j += W) {
+      T* const p_at = p + r * kTileN + j;
+      T* const ds_at = ds + r * kTileN + j;
+      Vec<T> x = fma(load(p_at), to_log2, -row_shift), gradient = load(ds_at);
+      if constexpr (kPlain) {
+        x = exp2(x);
+        store(p_at, x);
+        store(ds_at, x * (gradient - row_delta));
+      } else {
+        if (terms.bias) x += load(terms.bias + r * kTileN + j);
+        const VecBits<T> lanes = lanes_of<T>(allowed >> j);
+        x = lanes ? exp2(x) : zero<T>();
+        Vec<T> dropped = x;
+        if (terms.kept) {
+          const VecBits<T> kept_lanes = lanes_of<T>(kept >> j);
+          dropped = kept_lanes ? x * kept_scale : zero<T>();
+          gradient = kept_lanes ? gradient * kept_scale : zero<T>();
+        }
+        store(p_at, dropped);
+        store(ds_at, lanes ? x * (gradient - row_delta) : zero<T>());
+      }
+    }
+  }
+}
+
+// dst [rows][kTileN] = log2 e * bias of the tile.
+template <typename T>
+static void load_bias_rows(T* dst, const TensorRef& bias, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> log2e = broadcast(static_cast<T>(kLog2E));
+  for (int r = 0; r < rows; ++r, dst += kTileN) {
+    const void* const row = element(bias.ptr, bias.dtype, b * bias.stride[0] + h * bias.stride[1] + (i0 + r) * bias.stride[2] +
+                                                              j0 * bias.stride[3]);
+    if (bias.stride[3] == 1)
+      convert_row(dst, row, bias.dtype, keys, round_up(keys, W));
+    else
+      for (int j = 0; j < keys; ++j) dst[j] = static_cast<T>(load_scalar(element(row, bias.dtype, j * bias.stride[3]), bias.dtype));
+    for (int j = 0; j < keys; j += W) store(dst + j, load(dst + j) * log2e);
+  }
+}
+
+// ---- bias gradient ----
+
+template <typename T>
+static T* bias_gradient_at(const TensorRef& grad, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<T*>(grad.ptr) + b * grad.stride[0] + h * grad.stride[1] + i * grad.stride[2] + j * grad.stride[3];
+}
+
+// Before the first of the tiles that add to it: zeros for the tile's part of the gradient.
+template <typename T>
+static void clear_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
+  if ((grad.stride[2] == 0 && i0 > 0) || (grad.stride[3] == 0 && j0 > 0)) return;  // belongs to the first tile
+  const int count = grad.stride[3] ? keys : 1;
+  for (int r = 0; r < (grad.stride[2] ? rows : 1); ++r)
+    std::memset(bias_gradient_at<T>(grad, b, h, i0 + r, j0), 0, count * sizeof(T));
+}
+
+// Adds dS [rows][kTileN]. What broadcasts over the rows or keys is summed within the tile first: fewer roundings in a row.
+template <typename T>
+static void add_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys,
+                              const T* ds) {
+  T* const dst = bias_gradient_at<T>(grad, b, h, i0, j0);
+  if (grad.stride[2] && grad.stride[3]) {
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < keys; ++j) dst[r * grad.stride[2] + j] += ds[r * kTileN + j];
+  } else if (grad.stride[2]) {
+    for (int r = 0; r < rows; ++r) {
+      T total = T(0);
+      for (int j = 0; j < keys; ++j) total += ds[r * kTileN + j];
+      dst[r * grad.stride[2]] += total;
+    }
+  } else {
+    T columns[kTileN] = {}, total = T(0);
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < keys; ++j) columns[j] += ds[r * kTileN + j];
+    for (int j = 0; j < keys; ++j) {
+      total += columns[j];
+      if (grad.stride[3]) dst[j] += columns[j];
+    }
+    if (!grad.stride[3]) dst[0] += total;
+  }
+}
+
+// ---- one group ----
+
+template <typename T>
+struct Group {
+  int64_t b, h_kv, first_head;  // first_head: of the query heads
+  int64_t chunk;
+  T* grad_query;                // [query heads][L] rows, where dQ is summed
+  int64_t stride_head, stride_row;
+};
+
+// shift and delta of every row, and zeros in dQ. A row without keys has shift +inf, hence P = 0, and delta 0: what reaches the
+// -inf of its lse may be NaN.
+template <typename T>
+static void prepare_rows(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, const Group<T>& group) {
+  constexpr int W = kWidth<T>;
+  T *const out = s.staging, *const grad_out = s.staging + s.ld_v;
+  const bool wide = p.lse.dtype == DType::kFloat64;
+  for (int64_t g = 0; g < plan.query_heads; ++g) {
+    const int64_t h = group.first_head + g;
+    for (int64_t i = 0; i < p.len_q; ++i) {
+      const int64_t row = g * p.len_q + i, lse_at = (group.b * p.heads_q + h) * p.len_q + i;
+      const double lse = wide ? static_cast<const double*>(p.lse.ptr)[lse_at] : static_cast<const float*>(p.lse.ptr)[lse_at];
+      s.shift[row] = static_cast<T>(lse_to_shift(lse));
+      T delta = T(0);
+      if (lse != -kInfinity<double>) {
+        const auto row_of = [&](const TensorRef& x) {
+          return element(x.ptr, x.dtype, group.b * x.stride[0] + h * x.stride[1] + i * x.stride[2]);
+        };
+        convert_row(out, row_of(p.out), p.out.dtype, static_cast<int>(p.dim_v), static_cast<int>(s.ld_v));
+        convert_row(grad_out, row_of(p.grad_out), p.grad_out.dtype, static_cast<int>(p.dim_v), static_cast<int>(s.ld_v));
+        Vec<T> products = zero<T>();
+        for (int64_t d = 0; d < s.ld_v; d += W) products = fma(load(out + d), load(grad_out + d), products);
+        delta = sum(products);
+        if (p.grad_lse) {
+          const void* const at = row_of(p.grad_lse);
+          delta -= static_cast<T>(wide ? *static_cast<const double*>(at) : *static_cast<const float*>(at));
+        }
+      }
+      s.delta[row] = delta;
+      std::memset(group.grad_query + g * group.stride_head + i * group.stride_row, 0, p.dim_qk * sizeof(T));
+    }
+  }
+}
+
+// Rows of a query tile as operands: where they lie, or converted, with `dead` rows zero.
+template <typename T>
+static Rows<T> tile_rows(const TensorRef& x, int64_t b, int64_t h, int64_t i0, int rows, int dim, uint64_t dead, T* scratch,
+                         int64_t ld) {
+  const void* const tile = element(x.ptr, x.dtype, b * x.stride[0] + h * x.stride[1] + i0 * x.stride[2]);
+  if (!dead && rows_in_place<T>(x.dtype, x.stride[2], dim)) return {static_cast<const T*>(tile), x.stride[2]};
+  convert_rows(scratch, ld, tile, x.dtype, x.stride[2], rows, dim, dead);
+  return {scratch, ld};
+}
+
+template <typename T>
+static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, const Group<T>& group, int64_t j0) {
+  const int tile_keys = static_cast<int>(min64(kTileN, p.len_k - j0));
+  const int dim_qk = static_cast<int>(p.dim_qk), dim_v = static_cast<int>(p.dim_v);
+  const int64_t b = group.b;
+  const KeyInterval range = query_range(p.mask, b, j0, j0 + tile_keys, p.len_q);
+  std::memset(s.grad_key, 0, tile_keys * s.ld_k * sizeof(T));
+  std::memset(s.grad_value, 0, tile_keys * s.ld_v * sizeof(T));
+
+  Rows<T> key{nullptr, 0};
+  TileMask mask;
+  uint64_t kept[kTileM];
+  TileTerms<T> terms{static_cast<T>(p.scale * kLog2E), nullptr, nullptr, nullptr, 0, static_cast<T>(1.0 / (1.0 - p.dropout.p))};
+  for (int64_t g = 0; g < plan.query_heads; ++g) {
+    const int64_t h = group.first_head + g;
+    const bool clears = p.grad_bias && (b == 0 || p.grad_bias.stride[0]) && (h == 0 || p.grad_bias.stride[1]);
+    const int64_t first = clears ? 0 : range.first / kTileM * kTileM, last = clears ? p.len_q : range.last;
+    for (int64_t i0 = first; i0 < last; i0 += kTileM) {
+      const int tile_rows_count = static_cast<int>(min64(kTileM, p.len_q - i0));
+      if (clears) clear_bias_gradient<T>(p.grad_bias, b, h, i0, tile_rows_count, j0, tile_keys);
+      if (i0 + kTileM <= range.first || i0 >= range.last) continue;
+      make_tile_mask(mask, p.mask, b, h, i0, tile_rows_count, j0, tile_keys);
+      if (mask.tile_class == TileClass::kEmpty) continue;
+
+      if (!key.ptr) {
+        const auto tile = [&](const TensorRef& x) {
+          return element(x.ptr, x.dtype, b * x.stride[0] + group.h_kv * x.stride[1] + j0 * x.stride[2]);
+        };
+        transpose_rows<T>(s.key_t, kTileN, tile(p.key), p.key.dtype, p.key.stride[2], tile_keys, dim_qk, T(1), s.staging);
+        transpose_rows<T>(s.value_t, kTileN, tile(p.value), p.value.dtype, p.value.stride[2], tile_keys, dim_v, T(1), s.staging);
+        key = tile_rows<T>(p.key, b, group.h_kv, j0, tile_keys, dim_qk, 0, s.key, s.ld_k);
+      }
+
+      // Rows [top, bottom) and keys [left, right) of the tile: outside these all is dead. The holes inside are dead too.
+      const int left = first_bit(mask.columns), right = end_bit(mask.columns), keys = right - left;
+      int top = 0, bottom = tile_rows_count;
+      uint64_t dead_rows = 0;
+      const bool partial = mask.tile_class == TileClass::kPartial;
+      if (partial) {
+        while (!mask.rows[top]) ++top;
+        while (!mask.rows[bottom - 1]) --bottom;
+        for (int r = top; r < bottom; ++r) dead_rows |= uint64_t{mask.rows[r] == 0} << (r - top);
+      }
+      const int rows = bottom - top;
+      const Rows<T> query = tile_rows<T>(p.query, b, h, i0 + top, rows, dim_qk, dead_rows, s.query, s.ld_k);
+      const Rows<T> grad_out = tile_rows<T>(p.grad_out, b, h, i0 + top, rows, dim_v, dead_rows, s.grad_out, s.ld_v);
+
+      gemm<Layout::kRows, T>(rows, keys, dim_qk, query.ptr, query.ld, s.key_t + left, kTileN, s.p, kTileN, false);
+      gemm<Layout::kRows, T>(rows, keys, dim_v, grad_out.ptr, grad_out.ld, s.value_t + left, kTileN, s.ds, kTileN, false);
+
+      const T *const shift = s.shift + g * p.len_q + i0 + top, *const delta = s.delta + g * p.len_q + i0 + top;
+      terms.first_bit = left;
+      terms.allowed = partial ? mask.rows + top : nullptr;
+      if (p.bias) {
+        load_bias_rows(s.bias, p.bias, b, h, i0 + top, rows, j0 + left, keys);
+        terms.bias = s.bias;
+      }
+      if (p.dropout.p > 0) {
+        make_dropout_tile(kept, p.dropout, b, h, i0 + top, rows, j0);
+        terms.kept = kept;
+      }
+      if (terms.allowed || terms.bias || terms.kept)
+        softmax_gradient<T, false>(s.p, s.ds, rows, keys, shift, delta, terms);
+      else
+        softmax_gradient<T, true>(s.p, s.ds, rows, keys, shift, delta, terms);
+      if (p.grad_bias) add_bias_gradient(p.grad_bias, b, h, i0 + top, rows, j0 + left, keys, s.ds);
+
+      gemm<Layout::kTransposed, T>(keys, dim_v, rows, s.p, kTileN, grad_out.ptr, grad_out.ld, s.grad_value + left * s.ld_v, s.ld_v,
+                                   true);
+      gemm<Layout::kTransposed, T>(keys, dim_qk, rows, s.ds, kTileN, query.ptr, query.ld, s.grad_key + left * s.ld_k, s.ld_k,
+                                   true);
+      Rows<T> live_key{key.ptr + left * key.ld, key.ld};
+      const uint64_t dead_keys = ~mask.columns >> left & bits_before(keys, 0);
+      if (dead_keys) {
+        convert_rows(s.live_key, s.ld_k, live_key.ptr, kComputeDType<T>, key.ld, keys, dim_qk, dead_keys);
+        live_key = {s.live_key, s.ld_k};
+      }
+      T* const grad_query = group.grad_query + g * group.stride_head + (i0 + top) * group.stride_row;
+      gemm<Layout::kRows, T>(rows, dim_qk, keys, s.ds, kTileN, live_key.ptr, live_key.ld, grad_query, group.stride_row, true);
+    }
+  }
+
+  for (int r = 0; r < tile_keys; ++r) {
+    const auto row = [&](const TensorRef& x) {
+      return element(x.ptr, x.dtype, b * x.stride[0] + group.h_kv * x.stride[1] + (j0 + r) * x.stride[2]);
+    };
+    store_row(row(p.grad_key), p.grad_key.dtype, s.grad_key + r * s.ld_k, dim_qk, static_cast<T>(p.scale));
+    store_row(row(p.grad_value), p.grad_value.dtype, s.grad_value + r * s.ld_v, dim_v, T(1));
+  }
+}
+
+static void* grad_query_row(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t i) {
+  const TensorRef& x = p.grad_query;
+  return element(x.ptr, x.dtype, b * x.stride[0] + h * x.stride[1] + i * x.stride[2]);
+}
+
+template <typename T>
+static void run_group(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, T* parts, int64_t b, int64_t h_kv,
+                      int64_t chunk) {
+  const int64_t h = h_kv * plan.query_heads;
+  Group<T> group{b, h_kv, h, chunk, s.grad_query, p.len_q * s.ld_k, s.ld_k};
+  if (plan.chunks > 1)
+    group.grad_query = parts + ((chunk * p.batch + b) * p.heads_q + h) * p.len_q * s.ld_k;
+  else if (plan.query_in_place) {
+    group.grad_query = static_cast<T*>(grad_query_row(p, b, h, 0));
+    group.stride_head = p.grad_query.stride[1];
+    group.stride_row = p.grad_query.stride[2];
+  }
+  prepare_rows(p, plan, s, group);
+  for (int64_t j0 = chunk * kTileN; j0 < p.len_k; j0 += plan.chunks * kTileN) key_tile(p, plan, s, group, j0);
+  if (plan.chunks > 1) return;
+  for (int64_t g = 0; g < plan.query_heads; ++g)
+    for (int64_t i = 0; i < p.len_q; ++i)
+      store_row(grad_query_row(p, b, h + g, i), p.grad_query.dtype, group.grad_query + g * group.stride_head + i * group.stride_row,
+                static_cast<int>(p.dim_qk), static_cast<T>(p.scale));
+}
+
+// The groups of a work item, in order, and its chunk.
+struct ItemGroups {
+  int64_t first_batch, last_batch, first_head, last_head, chunk;
+};
+
+static ItemGroups item_groups(const AttentionBackwardParams& p, const Plan& plan, int64_t item) {
+  const int64_t owner = item / plan.chunks, heads = p.heads_kv / plan.heads;
+  const int64_t batch = owner / heads * plan.batches, head = owner % heads * plan.heads;
+  return {batch, batch + plan.batches, head, head + plan.heads, item % plan.chunks};
+}
+
+// Pairs that an item will touch, by arithmetic, or tiles where a tile map tells.
+static int64_t item_cost(const AttentionBackwardParams& p, const Plan& plan, int64_t item) {
+  const ItemGroups groups = item_groups(p, plan, item);
+  const bool mapped = p.mask.live_t && p.mask.block_m == kTileM && p.mask.block_n == kTileN;
+  int64_t cost = 0;
+  for (int64_t b = groups.first_batch; b < groups.last_batch; ++b) {
+    for (int64_t j0 = groups.chunk * kTileN; j0 < p.len_k; j0 += plan.chunks * kTileN) {
+      const KeyInterval rows = query_range(p.mask, b, j0, min64(j0 + kTileN, p.len_k), p.len_q);
+      const int64_t in_range = max64(0, rows.last - rows.first);
+      if (!mapped || !in_range) {
+        cost += in_range * (groups.last_head - groups.first_head) * plan.query_heads;
+        continue;
+      }
+      for (int64_t h = groups.first_head * plan.query_heads; h < groups.last_head * plan.query_heads; ++h) {
+        const uint64_t* const live = p.mask.live_t + b * p.mask.stride_map_t_b + h * p.mask.stride_map_t_h +
+                                     j0 / kTileN * p.mask.map_t_words_per_row;
+        int64_t tiles = 0;
+        for (int64_t w = 0; w < p.mask.map_t_words_per_row; ++w) tiles += __builtin_popcountll(live[w]);
+        cost += min64(in_range, tiles * kTileM);
+      }
+    }
+  }
+  return cost;
+}
+
+template <typename T>
+static int64_t workspace_bytes(const AttentionBackwardParams& p) {
+  const Plan plan = make_plan<T>(p);
+  Arena shared(nullptr), thread(nullptr);
+  int64_t *order, *cost;
+  carve_shared<T>(shared, p, plan, &order, &cost);
+  carve<T>(thread, p, plan);
+  return kAlignment + shared.used + p.num_threads * thread.used;
+}
+
+template <typename T>
+static void run(const AttentionBackwardParams& p) {
+  const Plan plan = make_plan<T>(p);
+  if (plan.items == 0) return;
+  Arena shared(align_pointer(p.workspace)), counter(nullptr);
+  int64_t *order, *cost;
+  T* const parts = carve_shared<T>(shared, p, plan, &order, &cost);
+  carve<T>(counter, p, plan);
+  const int64_t thread_bytes = counter.used;
+  char* const scratch = shared.base + shared.used;
+  for (int64_t n = 0; n < plan.items; ++n) cost[n] = has_mask(p.mask) ? item_cost(p, plan, n) : 0;
+  order_by_cost(order, cost, plan.items);
+
+  const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#if defined(_OPENMP)
+    Arena own(scratch + omp_get_thread_num() * thread_bytes);
+#else
+    Arena own(scratch);
+#endif
+    const Scratch<T> s = carve<T>(own, p, plan);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < plan.items; ++n) {
+      const ItemGroups groups = item_groups(p, plan, order[n]);
+      for (int64_t b = groups.first_batch; b < groups.last_batch; ++b)
+        for (int64_t h = groups.first_head; h < groups.last_head; ++h) run_group(p, plan, s, parts, b, h, groups.chunk);
+    }
+    if (plan.chunks > 1) {
+      const int64_t rows = p.batch * p.heads_q * p.len_q, part = rows * s.ld_k;
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < rows; ++row) {
+        T* const first = parts + row * s.ld_k;
+        for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
+          for (int64_t d = 0; d < s.ld_k; ++d) first[d] += first[chunk * part + d];
+        const int64_t bh = row / p.len_q;
+        store_row(grad_query_row(p, bh / p.heads_q, bh % p.heads_q, row % p.len_q), p.grad_query.dtype, first,
+                  static_cast<int>(p.dim_qk), static_cast<T>(p.scale));
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  return p.query.dtype == DType::kFloat64 ? workspace_bytes<double>(p) : workspace_bytes<float>(p);
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+  if (p.query.dtype == DType::kFloat64) run<double>(p);
+  else run<float>(p);
+}
+
+}  // namespace fastattn::cpu::FASTATTN_ISA

@@ -1,0 +1,25 @@
+// The order of the work items: long ones first, so that no thread is left with a long one at the end.
+#pragma once
+
+#include "kernels.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+// order = the items 0 .. count - 1 by falling cost (>= 0), equal ones in their own order: a counting sort in 64 classes.
+// Overwrites cost.
+static void order_by_cost(int64_t* order, int64_t* cost, int64_t count) {
+  constexpr int kClasses = 64;
+  int64_t largest = 1, start[kClasses + 1] = {};
+  for (int64_t n = 0; n < count; ++n) largest = cost[n] > largest ? cost[n] : largest;
+  for (int64_t n = 0; n < count; ++n) {
+    const double share = static_cast<double>(cost[n]) / static_cast<double>(largest);
+    cost[n] = kClasses - 1 - static_cast<int64_t>(share * (kClasses - 1));
+    ++start[cost[n] + 1];
+  }
+  for (int n = 0; n < kClasses; ++n) start[n + 1] += start[n];
+  for (int64_t n = 0; n < count; ++n) order[start[cost[n]]++] = n;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA
