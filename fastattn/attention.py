@@ -140,7 +140,7 @@ def _check_scale(scale: Any, dim: int) -> float:
         return dim**-0.5 if dim else 1.0  # without dimensions every score is 0 whatever the scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None (1 / sqrt(D)), got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # also under torch.compile, which does not trace math.isfinite
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 

@@ -145,7 +145,7 @@ def _masked_loss(
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # also under torch.compile, which does not trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value!r}")
     return float(value)
 
