@@ -184,8 +184,8 @@ def verify_command(
     The error of the output and of every gradient may be 1.5 times that of torch's own SDPA in the same dtype, plus
     rounding noise. Also checked: lse, dropout, determinism, reads outside the inputs or of uninitialised memory,
     written inputs, and two rules that SDPA does not promise: a query that may attend to nothing gives 0, and NaN in
-    keys that nobody may attend to has no effect. An SDPA-like function that breaks these two gets a note; --strict makes it
-    a failure.
+    keys that nobody may attend to has no effect. An SDPA-like function that breaks these two gets a note; --strict
+    makes it a failure.
 
     Exit code: 0 all passed, 1 something failed or nothing could be judged, 2 bad usage.
     """

@@ -1,0 +1,54 @@
+"""What all tests share: the backends, the `slow` marker, poisoned memory and the number of threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastattn import dispatch
+from fastattn.testing import poisoned_buffers
+
+BACKENDS = ("cpu", "reference")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the tests marked slow too (also: FASTATTN_FULL_TESTS=1)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: a longer sweep, only run with --full or FASTATTN_FULL_TESTS=1")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # One thread for each worker: the workers already share out the cores.
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full") or os.environ.get("FASTATTN_FULL_TESTS") == "1":
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each test that takes it runs once on every backend of this build."""
+    if request.param == "cpu" and dispatch.NATIVE_FAILURE is not None:
+        pytest.skip(f"the native library is not there: {dispatch.NATIVE_FAILURE}")
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN while the test runs."""
+    with poisoned_buffers():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(20240229)
