@@ -18,6 +18,7 @@
 //
 // A row's result depends on its own sequence of key tiles only: not on threads, on the order of the items or on their size.
 #include "../core/softmax.h"
+#include "schedule.h"
 #include "tile.h"
 
 #if defined(_OPENMP)
@@ -353,8 +354,6 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
 
 // ---- the work list ----
 
-constexpr int kBuckets = 64;
-
 // Pairs an item will touch, by arithmetic, or tiles where a tile map tells.
 static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, int64_t item) {
   const int64_t bh = item / plan.items_per_head, b = bh / p.heads_q, h = bh % p.heads_q;
@@ -373,21 +372,6 @@ static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, int6
     cost += sub_cost;
   }
   return cost;
-}
-
-// Long items first, so that no thread is left with a long one at the end: a counting sort by cost.
-static void order_items(const AttentionForwardParams& p, const Plan& plan, int64_t* order, int64_t* cost) {
-  int64_t largest = 1, start[kBuckets + 1] = {};
-  for (int64_t n = 0; n < plan.items; ++n) {
-    cost[n] = item_cost(p, plan, n);
-    largest = max64(largest, cost[n]);
-  }
-  for (int64_t n = 0; n < plan.items; ++n) {
-    cost[n] = kBuckets - 1 - static_cast<int64_t>(static_cast<double>(cost[n]) / static_cast<double>(largest) * (kBuckets - 1));
-    ++start[cost[n] + 1];
-  }
-  for (int bucket = 0; bucket < kBuckets; ++bucket) start[bucket + 1] += start[bucket];
-  for (int64_t n = 0; n < plan.items; ++n) order[start[cost[n]]++] = n;
 }
 
 template <typename T>
@@ -411,7 +395,10 @@ static void run(const AttentionForwardParams& p) {
   const int64_t thread_bytes = counter.used;
   char* const scratch = shared.base + shared.used;
   const bool sorted = has_mask(p.mask);
-  if (sorted) order_items(p, plan, order, cost);
+  if (sorted) {
+    for (int64_t n = 0; n < plan.items; ++n) cost[n] = item_cost(p, plan, n);
+    order_by_cost(order, cost, plan.items);
+  }
 
   const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)

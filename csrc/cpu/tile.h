@@ -58,7 +58,7 @@ FASTATTN_INLINE VecHalves to_halves(Vec<float> v, DType dtype) {
 }
 
 // One number through the vector conversions: there is one rounding rule.
-static double load_scalar(const void* p, DType dtype) {
+static inline double load_scalar(const void* p, DType dtype) {
   if (dtype == DType::kFloat32) return *static_cast<const float*>(p);
   if (dtype == DType::kFloat64) return *static_cast<const double*>(p);
   VecHalves v{};
