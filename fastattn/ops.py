@@ -160,8 +160,6 @@ def _run_backward(
     bias, *tail = rest
     scale, dropout_p, dropout_seed, backend, need_grad_bias = tail[_NUM_MASK:]
     mask = unflatten_mask(tuple(tail[:_NUM_MASK]), query.shape[2], key.shape[2], backend)
-    if grad_out.stride(-1) != 1:  # an expanded gradient, such as that of a sum
-        grad_out = grad_out.contiguous()
     grad_bias = dispatch.load(backend).attention_backward(
         *(grad_out, grad_lse, query, key, value, out, lse, bias, mask, scale, dropout_p, dropout_seed),
         *gradients,

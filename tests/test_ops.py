@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.export import Dim
 from torch.library import opcheck
 from torch.testing import assert_close
@@ -184,7 +185,7 @@ def test_gradcheck_attention(bias, backend):
         return out, lse.where(lse != -torch.inf, 0)
 
     inputs = (query, key, value) if bias is None else (query, key, value, bias)
-    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
 def test_gradcheck_attention_packed(backend):
@@ -192,7 +193,9 @@ def test_gradcheck_attention_packed(backend):
     mask, rest = sample.tail(backend)
     qkv = torch.randn(2, 4, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(1, 2, 4, 1, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda qkv, bias: FASTATTN.attention_packed(qkv, bias, *mask, *rest), (qkv, bias))
+    assert torch.autograd.gradcheck(
+        lambda qkv, bias: FASTATTN.attention_packed(qkv, bias, *mask, *rest), (qkv, bias), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("average", [True, False])
@@ -201,7 +204,9 @@ def test_gradcheck_attention_weights(average, backend):
         L=4, S=5, D=3, dtype=torch.float64, mask=lambda *sizes: Mask.causal(), bias=(1, 4, 4, 1), dropout=0.2
     )
     query, key, lse, bias, *rest = sample.weights(backend, average)
-    assert torch.autograd.gradcheck(lambda *inputs: FASTATTN.attention_weights(*inputs, *rest), (query, key, lse, bias))
+    assert torch.autograd.gradcheck(
+        lambda *inputs: FASTATTN.attention_weights(*inputs, *rest), (query, key, lse, bias), fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("reduction", ["masked_mean", "none"])
@@ -214,7 +219,7 @@ def test_gradcheck_masked_loss(reduction, need_grad, backend):
         return FASTATTN.masked_loss(input, target, mask, "l2", reduction, 0, 1.0, False, 1e-6, need_grad, backend)[0]
 
     # Also with need_grad False: a program exported for evaluation can still be trained.
-    assert torch.autograd.gradcheck(function, (input, target))
+    assert torch.autograd.gradcheck(function, (input, target), fast_mode=True)
 
 
 @pytest.mark.parametrize("wanted", ["query", "key", "value", "bias"])

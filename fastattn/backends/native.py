@@ -83,7 +83,7 @@ def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
         tuple(tensor.shape) == shape
         and tensor.dtype == dtype
         and tensor.device.type == "cpu"
-        and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1)
+        and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or not tensor.numel())
     )
     _require(fits, name, tensor, f"a CPU tensor of {dtype} {shape} with last stride 1")
 
