@@ -342,9 +342,9 @@ def _random_term(rng: random.Random, kind: str, case: Case) -> TermSpec:
 
 def _random_bias_shape(rng: random.Random, case: Case) -> tuple[int, ...]:
     B, H, L, S = case.batch, case.heads_q, case.len_q, case.len_k
-    full = (B, H, L, S)
-    # Every subset of broadcast dimensions is possible; sometimes with the leading ones left out.
-    shape = tuple(1 if rng.random() < 0.4 else size for size in full)
+    # Every subset of broadcast dimensions; sometimes with the leading ones left out.
+    broadcast = rng.randrange(16)
+    shape = tuple(1 if broadcast >> d & 1 else size for d, size in enumerate((B, H, L, S)))
     while len(shape) > 2 and shape[0] == 1 and rng.random() < 0.5:
         shape = shape[1:]
     return shape
@@ -451,7 +451,8 @@ def _build_term(spec: TermSpec, case: Case, generator: torch.Generator) -> Term:
 
     if spec.kind in ("prefix", "key_lengths"):
         # Lengths outside [0, S] are legal and mean none and all.
-        return Term(spec, (integers(-2, S + 4, B),))
+        lengths = integers(-2, S + 4, B)
+        return Term(spec, (lengths.int() if case.index % 3 == 0 else lengths,))
     if spec.kind == "key_padding":
         if spec.pattern == "tail":
             return Term(spec, (torch.arange(S) < integers(0, S + 1, B, 1),))

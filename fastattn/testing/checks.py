@@ -179,6 +179,9 @@ class _AttentionRun:
             grad_out = grad_out.masked_fill(self._empty_rows(problem).to(grad_out.device).unsqueeze(-1), 0.0)
         outputs, upstream = [out], [grad_out]
         if problem.grad_lse is not None and lse is not None:
+            if not lse.requires_grad and not target.own:
+                outcome.backward_refusal = "its lse has no gradient"
+                return outcome
             outputs.append(lse)
             upstream.append(problem.grad_lse.to(lse.dtype))
         try:

@@ -30,8 +30,8 @@ from fastattn.testing.cases import LossCase, Problem, Term
 
 # A float32 exp2 by a short polynomial has a relative error of a few units (degree 5: 2.1e-7, which is 3.5 u).
 EXP_ULPS = 4.0
-# A dot product summed in one chain over random terms is off by 0.64 u sum |q_d| |k_d| in the root mean square (the partial
-# sums are a random walk), and the largest of thousands of scores by three to four times as much.
+# A dot product summed in one chain over random terms is off by 0.64 u sum |q_d| |k_d| in the root mean square (its
+# partial sums are a random walk), and the largest of thousands of scores by three to four times as much.
 DOT_SIGMAS = 2.0
 
 
