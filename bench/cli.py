@@ -231,13 +231,13 @@ def _run_plans(
             mine = user if str(plan.case.describe()["suite"]) == "attention" else ()
             found = runner.run_case(plan, sentinel, rounds, max_seconds, mine, tell)
             collected += found
-            console.print(_case_table(found))
+            _print_case(console, found)
             progress.advance(task)
     console.print(tables.LEGEND, style="dim", soft_wrap=True)
     return collected
 
 
-def _case_table(found: Sequence[Record]) -> Table:
+def _print_case(console: Console, found: Sequence[Record]) -> None:
     columns = tables.COLUMNS[found[0]["suite"]]
     table = Table(title=found[0]["title"], title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("", *columns):
@@ -248,12 +248,11 @@ def _case_table(found: Sequence[Record]) -> Table:
         remark = tables.remark(record)
         if remark:
             remarks.append(f"{record['contender']}: {remark}")
-        elif record["status"] == "ok":
+        else:
             table.add_row(record["contender"], *(tables.cell(record, column) for column in columns), style=style)
-    if remarks:
-        table.caption = "\n".join(remarks)
-        table.caption_justify = "left"
-    return table
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, soft_wrap=True, markup=False)
 
 
 def _run_simmim(console: Console, settings: simmim.Settings, pictures: Sequence[torch.Tensor]) -> simmim.Outcome:

@@ -1,0 +1,512 @@
+"""The benchmark: its counting and timing rules, the whole path on tiny problems, and what it says of bad usage."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastattn import cli
+
+pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+PIL_Image = pytest.importorskip("PIL.Image", reason="the bench extra is not installed")
+
+from fastattn.bench import cli as bench_cli  # noqa: E402
+from fastattn.bench import images, memory, records, report, runner, simmim, suites, tables, timing  # noqa: E402
+from fastattn.bench import workloads as w  # noqa: E402
+from fastattn.bench.contenders import OURS, user_contender  # noqa: E402
+
+TINY = w.AttentionCase(1, 2, 2, 40, 40, 8)
+
+
+class FakeSentinel:
+    """Rates by script, then constant."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rates: list[float] | None = None) -> None:
+        self.rates = rates or []
+
+    def rate(self) -> float:
+        return self.rates.pop(0) if self.rates else 100.0
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Problems this small only get slower with threads, above all beside other test processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the commands without what takes long: fresh processes, the sentinel, extra rounds."""
+    peak = memory.PeakMemory(peak=10_000_000, extra=2_000_000, outputs=1_000)
+    monkeypatch.setattr(memory, "measure_fresh", lambda job: peak)
+    monkeypatch.setattr(bench_cli, "Sentinel", lambda device: FakeSentinel())
+    monkeypatch.setattr(simmim, "Sentinel", lambda device: FakeSentinel())
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 0.0)
+
+
+def run_cli(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    return int(left.value.code or 0)
+
+
+# Timing ---------------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_are_interpolated():
+    values = [4.0, 1.0, 3.0, 2.0, 5.0]
+    assert timing.percentile(values, 50) == 3.0
+    assert timing.percentile(values, 20) == pytest.approx(1.8)
+    assert timing.percentile(values, 80) == pytest.approx(4.2)
+
+
+def test_samples_with_a_slow_sentinel_are_dropped():
+    kept = timing.keep_samples([[100.0, 89.0, 90.0], [99.0, 50.0, 100.0]])
+    assert kept == [[True, False, True], [True, False, True]]
+
+
+def test_a_timing_counts_its_kept_samples_only():
+    seconds, sentinel, kept = (1.0, 2.0, 3.0, 90.0), (10.0, 10.0, 10.0, 5.0), (True, True, True, False)
+    result = timing.Timing(seconds, sentinel, kept)
+    assert not result.noisy
+    assert result.median == 2.0
+    assert result.sentinel_share(40.0) == 2.0  # 40 FLOP / 2 s / 10 FLOP/s
+    summary = result.summary()
+    assert (summary["rounds"], summary["kept"]) == (4, 3)
+    assert summary["samples_s"] == [1.0, 2.0, 3.0, 90.0]
+
+
+def test_a_timing_with_too_few_kept_samples_is_marked_and_uses_all():
+    result = timing.Timing((1.0, 2.0, 3.0), (1.0, 1.0, 1.0), (True, False, False))
+    assert result.noisy
+    assert result.median == 2.0
+
+
+def test_ratios_are_formed_round_by_round():
+    peer = timing.Timing((2.0, 40.0, 6.0, 8.0), (1.0,) * 4, (True, False, True, True))
+    ours = timing.Timing((1.0, 1.0, 2.0, 4.0), (1.0,) * 4, (True, True, True, True))
+    assert timing.round_ratios(peer, ours) == [2.0, 3.0, 2.0]
+
+
+def test_contenders_are_interleaved_and_disturbed_rounds_made_up_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "MIN_SAMPLE_SECONDS", 0.0)
+    order: list[str] = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    # One sentinel before each round and one after each sample: the first round is slow throughout.
+    result = timing.measure(calls, FakeSentinel([10.0, 10.0, 10.0]), rounds=3)  # type: ignore[arg-type]
+    assert result["A"].kept == (False, True, True, True)
+    assert "".join(order).startswith("AABB")  # warm-up and calibration of each
+    assert "".join(order[4:]) == "ABABABAB"
+
+
+# Workloads ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "padded", "random", "block-sparse", "segments"])
+@pytest.mark.parametrize("lengths", [(96, 96), (33, 70)])
+def test_our_mask_means_what_the_peers_are_given(mask: str, lengths: tuple[int, int]):
+    case = replace(TINY, batch=2, len_q=lengths[0], len_k=lengths[1], mask=mask)
+    inputs = w.attention_inputs(case)
+    keep = inputs.make_keep().expand(2, 2, *lengths)
+    assert torch.equal(inputs.make_mask().to_dense(2, 2, *lengths), keep)
+    assert w.attending_pairs(case, inputs) == int(keep.sum())
+    assert 0 < int(keep.sum()) < keep.numel()
+
+
+def test_flops_count_attending_pairs_and_executed_tiles():
+    case = w.AttentionCase(2, 4, 2, 96, 128, 16, mask="padded", backward=True)
+    inputs = w.attention_inputs(case)
+    pairs = 2 * 4 * 96 * 64  # half of the keys
+    assert w.attending_pairs(case, inputs) == pairs
+    assert w.executed_pairs(case, inputs) == pairs  # the half is exactly one column of tiles
+    assert w.attention_flops(case, pairs) == pytest.approx(4 * 16 * pairs * 3.5)
+    causal = replace(case, mask="causal", len_k=96)
+    inputs = w.attention_inputs(causal)
+    assert w.attending_pairs(causal, inputs) == 2 * 4 * 96 * 97 // 2
+    # Tiles of 48 x 64: the upper right one is empty of the four, and the right ones are 32 keys wide.
+    assert w.executed_pairs(causal, inputs) == 2 * 4 * (48 * 64 + 48 * 64 + 48 * 32)
+
+
+def test_loss_bytes_are_the_counted_elements_and_the_gradient():
+    case = w.LossCase(2, 3, 160, 32, ratio=0.6, backward=True)
+    inputs = w.loss_inputs(case)
+    assert int(inputs.mask.sum()) == 2 * 15
+    assert w.loss_bytes(case, inputs) == pytest.approx(8.8 * 2 * 3 * 160 * 160)
+    forward = replace(case, backward=False)
+    assert w.loss_bytes(forward, w.loss_inputs(forward)) == pytest.approx(4.8 * 2 * 3 * 160 * 160)
+
+
+def test_block_sparse_masks_leave_no_row_empty_and_most_tiles():
+    case = w.AttentionCase(1, 1, 1, 1024, 1024, 8, mask="block-sparse")
+    keep = w.attention_inputs(case).make_keep()
+    tiles = keep.unflatten(0, (16, 64)).unflatten(2, (16, 64)).any(3).any(1)
+    assert bool(keep.any(1).all())
+    assert 0.06 < float(tiles.float().mean()) < 0.16
+
+
+def test_the_quick_suite_holds_the_promised_speeds():
+    promised = {
+        (plan.case.mask, plan.case.backward): plan.case.condition
+        for plan in suites.attention_plans(quick=True)
+        if plan.case.condition is not None
+    }
+    assert promised == {
+        ("dense", False): w.Condition("sdpa", 1.0),
+        ("dense", True): w.Condition("sdpa", 1.0),
+        ("padded", False): w.Condition("sdpa", 2.0),
+        ("padded", True): w.Condition("sdpa", 2.0),
+    }
+    base = w.AttentionCase(2, 8, 8, 1024, 1024, 64, mask="padded", backward=True, condition=w.Condition("sdpa", 2.0))
+    assert base in [plan.case for plan in suites.attention_plans(quick=True)]
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+MODULE = """
+import torch.nn.functional as F
+from torch import Tensor
+
+def right(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal)
+
+def unscaled(query, key, value, attn_mask=None, is_causal=False):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, scale=1.0)
+
+def forgets_to_rescale(query, key, value, attn_mask=None, dropout_p=0.0):
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p) * (1 - dropout_p)
+
+def raises(query, key, value, attn_mask=None):
+    raise RuntimeError("no such head dim\\nand more lines")
+
+def like_ours(query, key, value, *, mask=None, bias=None):
+    batch, heads, length, _ = query.shape
+    dense = None if mask is None else mask.to_dense(batch, heads, length, key.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, dense)
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    name = "kernels_under_work"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return name
+
+
+def one(plan: runner.Plan, contender: str | None = None) -> dict[str, records.Record]:
+    """The records of a case by contender."""
+    user = [] if contender is None else [user_contender(contender)]
+    found = runner.run_case(plan, FakeSentinel(), rounds=3, max_seconds=1.0, user=user)  # type: ignore[arg-type]
+    return {record["contender"]: record for record in found}
+
+
+@pytest.mark.parametrize("mask", w.MASK_KINDS)
+def test_every_mask_kind_passes_the_check(mask: str):
+    found = one(runner.Plan(replace(TINY, mask=mask, backward=True), peers=frozenset({"sdpa", "eager"})))
+    for name in (OURS, "sdpa", "eager"):
+        assert found[name]["status"] == "ok", found[name]["reason"]
+        assert found[name]["time"]["median_s"] > 0
+        assert found[name]["worst_error"] < 1e-5
+    assert set(found[OURS]["errors"]) == {"out", "dq", "dk", "dv"} | ({"dbias"} if mask == "bias" else set())
+    assert found["sdpa"]["ratio"]["median"] > 0
+
+
+@pytest.mark.parametrize("function", ["right", "like_ours"])
+@pytest.mark.parametrize("mask", ["causal", "padded"])
+def test_a_users_function_is_timed_when_it_is_right(module: str, function: str, mask: str):
+    found = one(runner.Plan(replace(TINY, mask=mask), peers=frozenset({"sdpa"})), f"{module}:{function}")
+    record = found[f"{module}:{function}"]
+    assert record["status"] == "ok", record["reason"]
+    assert record["useful_flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("function", "mask", "status", "reason"),
+    [
+        ("unscaled", "dense", "failed check", "out"),
+        ("forgets_to_rescale", "dropout", "failed check", "row sum"),
+        ("raises", "dense", "failed", "no such head dim"),
+        ("like_ours", "dropout", "failed", "dropout_p"),
+    ],
+)
+def test_no_speed_for_a_function_that_is_wrong(module: str, function: str, mask: str, status: str, reason: str):
+    found = one(runner.Plan(replace(TINY, mask=mask), peers=frozenset({"sdpa"})), f"{module}:{function}")
+    record = found[f"{module}:{function}"]
+    assert record["status"] == status
+    assert reason in record["reason"] and "\n" not in record["reason"]
+    assert not {"time", "useful_flops", "ratio", "prepare", "memory"} & set(record)
+    assert tables.cell(record, "time") == ""
+    assert found[OURS]["status"] == "ok", found[OURS]["reason"]
+
+
+def test_the_terminal_shows_the_failure_in_place_of_the_speed(
+    module: str, short: None, capsys: pytest.CaptureFixture[str]
+):
+    arguments = ["bench", "attention", "--quick", "--shapes", "1,2,40,8", "--masks", "dense"]
+    assert run_cli([*arguments, "--contender", f"{module}:unscaled"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"unscaled: failed check: out: \S.* over the bound", shown), shown
+    assert not re.search(r"unscaled .* ms", shown)
+
+
+def test_a_condition_is_flagged_and_judged():
+    met = replace(TINY, condition=w.Condition("sdpa", 1e-6))
+    missed = replace(TINY, condition=w.Condition("sdpa", 1e6))
+    found = [one(runner.Plan(case, peers=frozenset({"sdpa"})))["sdpa"] for case in (met, missed)]
+    flags = tables.conditions(found)
+    assert [flag["pass"] for flag in flags] == [True, False]
+    assert flags[0]["measured"] == found[0]["ratio"]["median"]
+    assert flags[1]["promise"] == "at least 1e+06 × sdpa"
+
+
+@pytest.mark.parametrize("mask", suites.MHA_MASKS)
+def test_the_module_runs_beside_torchs(mask: str):
+    found = one(runner.Plan(w.MhaCase(2, 24, 32, 4, mask=mask)))
+    for name in (OURS, "nn.MultiheadAttention"):
+        assert found[name]["status"] == "ok", found[name]["reason"]
+        assert {"out", "weights", "x", "in_proj_weight"} <= set(found[name]["errors"])
+    assert found["nn.MultiheadAttention"]["ratio"]["median"] > 0
+
+
+@pytest.mark.parametrize("kind", ["l1", "mse"])
+def test_the_loss_runs_beside_the_authors(kind: str):
+    found = one(runner.Plan(w.LossCase(2, 3, 64, 32, kind=kind)))
+    for name in (OURS, "eager"):
+        assert found[name]["status"] == "ok", found[name]["reason"]
+        assert set(found[name]["errors"]) == {"out", "dinput"}
+        assert found[name]["bytes_per_s"] > 0
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_is_beyond_inputs_and_outputs():
+    mebibytes = 1 << 20
+
+    def step() -> torch.Tensor:
+        scratch = torch.ones(64 * mebibytes // 4)
+        return torch.ones(16 * mebibytes // 4) * scratch[0]
+
+    peak = memory.measure_here(step, torch.device("cpu"))
+    assert peak.outputs == 16 * mebibytes
+    # ones() and its product: 16 MiB lie beside the output for a moment.
+    assert 62 * mebibytes < peak.extra < 90 * mebibytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+def test_a_fresh_process_measures_a_case():
+    case = w.AttentionCase(1, 4, 4, 1024, 1024, 16, backward=True)
+    job = {"kind": "AttentionCase", "case": case.__dict__ | {"condition": None}, "contender": "eager"}
+    peak = memory.measure_fresh(job)
+    assert isinstance(peak, memory.PeakMemory), peak
+    scores = 4 * 1024 * 1024 * 4  # bytes of one (B, H, L, S) tensor, of which eager attention keeps several
+    assert peak.extra > 1.5 * scores
+    assert "SystemError" not in str(peak)
+
+
+def test_a_measuring_process_that_fails_says_why():
+    answer = memory.measure_fresh({"kind": "AttentionCase", "case": {}, "contender": OURS})
+    assert isinstance(answer, str) and "failed" in answer and "\n" not in answer
+
+
+# Records and report ---------------------------------------------------------------------------------------------------
+
+
+def test_records_survive_writing_and_reading(tmp_path: Path):
+    path = tmp_path / "deep" / "r.jsonl"
+    records.write(path, [{"a": float("nan"), "b": [1, 2.5]}, {"c": (1, 2)}])
+    assert records.read(path) == [{"a": None, "b": [1, 2.5]}, {"c": [1, 2]}]
+    path.write_text('{"a": 1}\nnonsense\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        records.read(path)
+
+
+def test_the_whole_path_on_tiny_problems(tmp_path: Path, short: None, capsys: pytest.CaptureFixture[str]):
+    arguments = ["bench", "attention", "--quick", "--shapes", "1,2,32,8;1,2/1,64x48,8", "--masks", "dense,causal"]
+    arguments += ["--backward", "--json", str(tmp_path / "r.jsonl"), "--report", str(tmp_path / "out")]
+    assert run_cli(arguments) == 0
+    assert "attention causal (1,2/1,64x48,8) float32 forward+backward" in capsys.readouterr().out
+
+    written = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    ours = [record for record in written if record["contender"] == OURS]
+    assert [(r["shape"], r["mask"]) for r in ours] == [
+        ("1,2,32,8", "dense"),
+        ("1,2,32,8", "causal"),
+        ("1,2/1,64x48,8", "dense"),
+        ("1,2/1,64x48,8", "causal"),
+    ]
+    for record in written:
+        assert {"command", "version", "torch", "cpu", "threads", "shape", "status", "errors"} <= set(record)
+    assert ours[0]["memory"]["extra"] == 2_000_000
+    assert_self_contained(tmp_path / "out" / "report.html", pictures=2)
+
+
+def assert_self_contained(path: Path, pictures: int) -> None:
+    text = path.read_text()
+    assert "http" not in text and "<script" not in text and "<link" not in text
+    sources = re.findall(r'src="([^"]{30})', text)
+    assert len(sources) == pictures
+    assert all(source.startswith("data:image/png;base64,iVBOR") for source in sources)
+
+
+# Pictures and SimMIM --------------------------------------------------------------------------------------------------
+
+
+def save_picture(path: Path, height: int = 40, width: int = 56) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    PIL_Image.fromarray(pixels).save(path)
+
+
+def test_pictures_are_read_as_rgb(tmp_path: Path):
+    save_picture(tmp_path / "b.png")
+    PIL_Image.new("L", (30, 20), 7).save(tmp_path / "a.JPG", format="JPEG")
+    (tmp_path / "notes.txt").write_text("not a picture, and not called one")
+    grey, colour = images.read_directory(tmp_path)
+    assert grey.shape == (3, 20, 30) and grey.dtype == torch.uint8
+    assert colour.shape == (3, 40, 56)
+    assert torch.equal(grey[0], grey[2])
+
+
+def test_scikit_image_carries_photographs():
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    found = images.photographs()
+    assert len(found) >= 3
+    assert all(image.shape[0] == 3 and min(image.shape[1:]) >= 192 for image in found)
+
+
+def test_crops_depend_on_the_seed_and_the_batch_alone(tmp_path: Path):
+    save_picture(tmp_path / "a.png")
+    pictures = images.read_directory(tmp_path)
+    crops = images.Crops(pictures, size=32, batch_size=3, seed=1)
+    first, second = crops.batch(0), crops.batch(1)
+    assert first.shape == (3, 3, 32, 32) and first.dtype == torch.float32
+    assert torch.equal(images.Crops(pictures, 32, 3, 1).batch(1), second)
+    assert not torch.equal(first, second)
+    assert not torch.equal(images.Crops(pictures, 32, 3, 2).batch(0), first)
+    pixels = crops.to_pixels(crops.centres(2))
+    assert pixels.shape == (2, 32, 32, 3) and pixels.dtype == np.uint8
+
+
+def test_the_authors_loss_is_ours():
+    x = w.loss_inputs(w.LossCase(2, 3, 64, 8, ratio=0.6))
+    model = simmim.make_model(simmim.Settings(size=64, batch_size=2), simmim.STOCK)
+    theirs = simmim.stock_loss(x.prediction, x.target, x.mask, patch_size=8)
+    counted = x.mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(x.target)
+    expected = (x.prediction - x.target).abs()[counted].mean()
+    torch.testing.assert_close(theirs, expected)
+    assert model.loss is simmim.stock_loss
+
+
+def test_the_variants_start_equal_and_differ_in_their_attention():
+    settings = simmim.Settings(size=64, batch_size=2)
+    stock, ours = (simmim.make_model(settings, variant) for variant in simmim.VARIANTS)
+    for (name, a), (_, b) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    kinds = [
+        {type(m) for m in model.modules() if isinstance(m, torch.nn.MultiheadAttention)} for model in (stock, ours)
+    ]
+    assert len(kinds[0]) == len(kinds[1]) == 1 and kinds[0] != kinds[1]
+
+
+def test_agreement_is_over_the_first_steps():
+    stock, ours = [2.0, 1.0, 1.0], [2.0, 1.001, 3.0]
+    assert simmim.agreement(stock, ours, steps=2) == pytest.approx(1e-3)
+    assert simmim.agreement(stock, ours, steps=1) == 0.0
+
+
+def test_demo_trains_on_the_users_pictures(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "pictures").mkdir()
+    save_picture(tmp_path / "pictures" / "a.png")
+    arguments = ["demo", "--images", str(tmp_path / "pictures"), "--steps", "3", "--size", "64"]
+    arguments += ["--report", str(tmp_path / "out")]
+    assert run_cli(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "stock" in shown and re.search(r"first 3 steps differ by at most \S+ .*: pass", shown)
+    assert_self_contained(tmp_path / "out" / "report.html", pictures=2)
+    with PIL_Image.open(tmp_path / "out" / "simmim.png") as picture:
+        assert min(picture.size) > 100
+    # The run fails when the curves do not agree.
+    monkeypatch.setattr(simmim, "AGREEMENT", 0.0)
+    assert run_cli(arguments) == 1
+    assert re.search(r": FAIL", capsys.readouterr().out)
+
+
+def test_report_of_nothing_but_failures_is_still_a_page():
+    record = {"record": "result", "suite": "attention", "title": "t", "contender": "<b>", "status": "failed"}
+    page = report.render(records.environment(), [record | {"reason": "a < b"}])
+    assert "a &lt; b" in page and "<b>" not in page.replace("&lt;b&gt;", "")
+
+
+# Bad usage ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["attention", "--shapes", "1,2,3"], "--shapes.*'1,2,3'"),
+        (["attention", "--shapes", "1,2,x,8"], "--shapes.*'1,2,x,8'"),
+        (["attention", "--shapes", "1,3/2,16,8"], "--shapes.*multiple of Hkv.*'1,3/2,16,8'"),
+        (["attention", "--shapes", "0,2,16,8"], "--shapes.*at least 1.*'0,2,16,8'"),
+        (["attention", "--shapes", ";"], "--shapes.*';'"),
+        (["attention", "--masks", "causal,striped"], "--masks.*'striped'"),
+        (["mha", "--masks", "window"], "--masks.*'window'"),
+        (["attention", "--dtype", "int8"], "--dtype.*'int8'"),
+        (["attention", "--contender", "no_such_module:f"], "--contender.*no_such_module"),
+        (["attention", "--contender", "json"], "--contender.*'json'"),
+        (["loss", "--contender", "json:dumps"], "--contender.*'loss'"),
+        (["loss", "--shapes", "1,2,16,8"], "--shapes.*'loss'"),
+        (["attention", "--steps", "3"], "--steps.*'attention'"),
+        (["simmim", "--dtype", "float16"], "--dtype.*'simmim'"),
+        (["simmim", "--size", "100"], "--size.*100"),
+        (["simmim", "--steps", "0"], "--steps.*0"),
+        (["everything"], "everything"),
+        (["attention", "--rounds", "1"], "--rounds.*1"),
+        (["attention", "--json", "/proc/nowhere/r.jsonl"], "--json.*/proc/nowhere"),
+    ],
+)
+def test_bad_usage_is_one_line_that_names_the_option(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    assert run_cli(["bench", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert re.search(expected, message), message
+
+
+def test_bad_pictures_are_one_line_that_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "page.png").write_text("text in a file that is called a picture")
+    for name, expected in (
+        ("missing", "does not exist"),
+        ("notes.txt", "is a file"),
+        ("empty", "holds no .png or .jpg picture"),
+        ("text", "page.png cannot be read as a picture"),
+    ):
+        assert run_cli(["demo", "--images", str(tmp_path / name)]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "--images" in message and str(tmp_path / name) in message and expected in message
+
+
+def test_a_contender_that_is_no_function_is_refused(module: str, capsys: pytest.CaptureFixture[str]):
+    assert run_cli(["bench", "attention", "--contender", f"{module}:not_a_function"]) == 2
+    assert re.search("--contender.*not_a_function.*int", capsys.readouterr().err)
