@@ -5,8 +5,8 @@
 // do not count are not read (a mask of elements: runs of kChunk elements); their gradient is filled with zeros.
 //
 // Work unit: about kUnit elements. Each unit sums into its own slot and the slots are added in their order, so the result
-// does not depend on the threads. Inside a unit: kChunk elements (2 KB of float, in L1) are read, converted if need be,
-// summed in kVectorBytes lanes and carried over to double; then their gradient is written from the same 2 KB.
+// does not depend on the threads. Elements of the compute type that lie side by side are read and their gradient is written in
+// place; others pass through kChunk elements (2 KB of float) in L1.
 // Bound by memory: bytes of input + target of the counted elements, + the gradient of all.
 #include <cmath>
 
@@ -16,9 +16,10 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-constexpr int kChunk = 512;         // elements; at most 32 additions in a lane of 16 floats before double takes over
+constexpr int kChunk = 512;         // elements
 constexpr int64_t kUnit = 1 << 14;  // elements
 constexpr int kWords = kChunk / 64;
+constexpr int kRuns = 64;           // runs of one line that are looked up at a time
 
 enum TensorIndex { kInput, kTarget, kLoss, kGradInput, kGradLoss, kTensors };
 
@@ -30,7 +31,7 @@ struct Lines {
   int64_t mask_stride[3], cell_stride;
   int64_t rows_per_cell;        // lines of the last outer dimension that share a row of cells
   int64_t cell_width;           // elements
-  int64_t lines_per_unit, columns_per_unit, units;
+  int64_t lines_per_unit, columns_per_unit, units;  // columns_per_unit 0: the unit is a row of normalised patches
 };
 
 FASTATTN_INLINE bool any_empty(const MaskedLossParams& p) {
@@ -96,6 +97,8 @@ static Lines make_lines(const MaskedLossParams& p) {
   // What is normalised together stays together.
   lines.columns_per_unit = p.normalize_target ? lines.width : min64(lines.width, kUnit);
   lines.lines_per_unit = max64(1, kUnit / lines.width);
+  if (lines.rows_per_cell < lines.lines_per_unit)  // whole rows of cells
+    lines.lines_per_unit = lines.lines_per_unit / lines.rows_per_cell * lines.rows_per_cell;
   lines.units = ceil_div(lines.outer[0] * lines.outer[1] * lines.outer[2], lines.lines_per_unit) *
                 ceil_div(lines.width, lines.columns_per_unit);
   return lines;
@@ -158,48 +161,89 @@ FASTATTN_INLINE Vec<T> slope(Vec<T> d, const Constants<T>& c) {
 // ---- chunks: up to kChunk elements in L1 ----
 
 template <typename T>
-FASTATTN_INLINE Vec<T> load_up_to(const T* p, int n) {
+FASTATTN_INLINE Vec<T> load_up_to(const T* p, int64_t n) {
   if (n >= kWidth<T>) return load(p);
   Vec<T> v{};
   std::memcpy(&v, p, n * sizeof(T));
   return v;
 }
 template <typename T>
-FASTATTN_INLINE void store_up_to(T* p, Vec<T> v, int n) {
+FASTATTN_INLINE void store_up_to(T* p, Vec<T> v, int64_t n) {
   if (n >= kWidth<T>) store(p, v);
   else std::memcpy(p, &v, n * sizeof(T));
 }
 
 // input - target from element k on, 0 where not counted: a select, since 0 * NaN is NaN. `words` null: all count.
 template <typename T>
-FASTATTN_INLINE Vec<T> difference(const T* input, const T* target, const uint64_t* words, int k, int n) {
+FASTATTN_INLINE Vec<T> difference(const T* input, const T* target, const uint64_t* words, int64_t k, int64_t n) {
   const Vec<T> d = load_up_to(input + k, n - k) - load_up_to(target + k, n - k);
   return words ? (lanes_of<T>(words[k >> 6] >> (k & 63)) ? d : zero<T>()) : d;
 }
 
+// Returns the sum of the losses; writes them to `values` and their slopes, times the scale, to `slopes`, where these are not null.
 template <LossKind kKind, typename T>
-static double sum_values(const T* input, const T* target, const uint64_t* words, int n, const Constants<T>& c) {
-  constexpr int W = kWidth<T>;
-  Vec<T> even = zero<T>(), odd = zero<T>();
-  int k = 0;
-  for (; k + 2 * W <= n; k += 2 * W) {
-    even += value<kKind, T>(difference(input, target, words, k, n), c);
-    odd += value<kKind, T>(difference(input, target, words, k + W, n), c);
+static double add_chunk(const T* input, const T* target, const uint64_t* words, int n, const Constants<T>& c, T* values,
+                        T* slopes) {
+  constexpr int W = kWidth<T>, kBlock = 16 * W;
+  double total = 0;
+  for (int k0 = 0; k0 < n; k0 += kBlock) {
+    // At most 16 additions in a lane before double takes over.
+    Vec<T> block_sum = zero<T>();
+    const int end = n < k0 + kBlock ? n : k0 + kBlock;
+    for (int k = k0; k < end; k += W) {
+      const Vec<T> d = difference(input, target, words, k, n);
+      const Vec<T> v = value<kKind, T>(d, c);
+      block_sum += v;
+      if (values) store_up_to(values + k, v, n - k);
+      if (slopes) store_up_to(slopes + k, slope<kKind, T>(d, c) * c.scale, n - k);
+    }
+    total += sum(block_sum);
   }
-  for (; k < n; k += W) even += value<kKind, T>(difference(input, target, words, k, n), c);
-  return sum(even + odd);
+  return total;
 }
 
-template <LossKind kKind, typename T>
-static void write_values(T* out, const T* input, const T* target, const uint64_t* words, int n, const Constants<T>& c) {
-  for (int k = 0; k < n; k += kWidth<T>)
-    store_up_to(out + k, value<kKind, T>(difference(input, target, words, k, n), c), n - k);
-}
+// Columns [begin, end) that all count, or all do not.
+struct Run {
+  int64_t begin, end;
+  bool counted;
+};
 
+// The loss of `rows` lines, each cut into the same runs, of elements that lie side by side as T; `slopes` may be null. Line by
+// line and not run by run, since memory order is what the hardware prefetches.
 template <LossKind kKind, typename T>
-static void write_slopes(T* out, const T* input, const T* target, const uint64_t* words, int n, const Constants<T>& c) {
-  for (int k = 0; k < n; k += kWidth<T>)
-    store_up_to(out + k, slope<kKind, T>(difference(input, target, words, k, n), c) * c.scale, n - k);
+static double add_lines(const T* input, int64_t input_stride, const T* target, int64_t target_stride, T* slopes,
+                        int64_t slopes_stride, int64_t rows, const Run* runs, int num_runs, const Constants<T>& c) {
+  constexpr int W = kWidth<T>;
+  constexpr int64_t kBlock = 16 * W;
+  double total = 0;
+  Vec<T> block_sum = zero<T>();
+  int64_t pending = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (const Run* run = runs; run < runs + num_runs; ++run) {
+      if (!run->counted) {
+        if (slopes) for (int64_t k = run->begin; k < run->end; k += W) store_up_to(slopes + k, zero<T>(), run->end - k);
+        continue;
+      }
+      for (int64_t k0 = run->begin; k0 < run->end; k0 += kBlock) {
+        const int64_t end = min64(run->end, k0 + kBlock);
+        for (int64_t k = k0; k < end; k += W) {
+          const Vec<T> d = difference(input, target, nullptr, k, end);
+          block_sum += value<kKind, T>(d, c);
+          if (slopes) store_up_to(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
+        }
+        pending += end - k0;
+        if (pending < kBlock) continue;
+        // At most 31 additions in a lane before double takes over.
+        total += sum(block_sum);
+        block_sum = zero<T>();
+        pending = 0;
+      }
+    }
+    input += input_stride;
+    target += target_stride;
+    if (slopes) slopes += slopes_stride;
+  }
+  return total + sum(block_sum);
 }
 
 // slopes *= upstream where counted; what does not count stays 0 whatever its upstream gradient is.
@@ -267,34 +311,78 @@ struct Normalization {
   double mean, factor;
 };
 
-struct Offsets {
+// One line: where its first column lies in each tensor, and its row of mask cells.
+struct Line {
+  int64_t index, last_index;    // among all lines; along the last outer dimension
   int64_t of[kTensors];
+  const uint8_t* mask;
 };
+
+static Line line_at(const Lines& lines, int64_t index) {
+  Line line;
+  const int64_t i0 = index / (lines.outer[1] * lines.outer[2]), i1 = index / lines.outer[2] % lines.outer[1];
+  const int64_t i2 = index % lines.outer[2];
+  line.index = index;
+  line.last_index = i2;
+  for (int t = 0; t < kTensors; ++t) {
+    const int64_t* const stride = lines.tensor[t].stride;
+    line.of[t] = i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+  }
+  line.mask = lines.mask + i0 * lines.mask_stride[0] + i1 * lines.mask_stride[1] +
+              i2 / lines.rows_per_cell * lines.mask_stride[2];
+  return line;
+}
+
+// `rows` lines on, which all lie under one row of cells. Without a division as long as the last outer dimension goes on.
+FASTATTN_INLINE void advance(const Lines& lines, Line& line, int64_t rows) {
+  line.last_index += rows;
+  if (line.last_index == lines.outer[2]) {
+    line = line_at(lines, line.index + rows);
+    return;
+  }
+  line.index += rows;
+  for (int t = 0; t < kTensors; ++t) line.of[t] += rows * lines.tensor[t].stride[2];
+  line.mask += lines.mask_stride[2];
+}
 
 template <LossKind kKind, typename T>
 struct Worker {
   const Lines& lines;
   Constants<T> constants;
   double eps;
-  bool sums;  // the loss is a sum
+  bool in_place;  // every tensor is of type T, with its elements side by side, and the loss is a sum
 
-  Offsets offsets(int64_t i0, int64_t i1, int64_t i2) const {
-    Offsets at;
-    for (int t = 0; t < kTensors; ++t) {
-      const int64_t* stride = lines.tensor[t].stride;
-      at.of[t] = i0 * stride[0] + i1 * stride[1] + i2 * stride[2];
+  // This line and the next ones, `rows` in all, cut into the same runs. Returns the sum.
+  double add_runs(const Line& line, int64_t rows, const Run* runs, int num_runs, const Normalization* normalization) const {
+    const TensorRef* const tensor = lines.tensor;
+    if (in_place && !normalization) {
+      T* const slopes = tensor[kGradInput] ? static_cast<T*>(tensor[kGradInput].ptr) + line.of[kGradInput] : nullptr;
+      return add_lines<kKind>(static_cast<const T*>(tensor[kInput].ptr) + line.of[kInput], tensor[kInput].stride[2],
+                              static_cast<const T*>(tensor[kTarget].ptr) + line.of[kTarget], tensor[kTarget].stride[2],
+                              slopes, tensor[kGradInput].stride[2], rows, runs, num_runs, constants);
     }
-    return at;
+    double total = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      for (const Run* run = runs; run < runs + num_runs; ++run) {
+        if (run->counted) total += add_through_buffers(line, row, run->begin, run->end - run->begin, nullptr, normalization);
+        else skip_run(line, row, run->begin, run->end - run->begin);
+      }
+    }
+    return total;
+  }
+  double add_run(const Line& line, int64_t rows, Run run, const Normalization* normalization) const {
+    return add_runs(line, rows, &run, 1, normalization);
   }
 
-  // n counted elements, or with `words` (n <= kChunk) those whose bit is set, from column c of the line at `at`. Returns the sum.
-  double add_run(const Offsets& at, int64_t c, int64_t n, const uint64_t* words, const Normalization* normalization) const {
+  // n elements of the line `row` lines on: all of them, or with `words` (n <= kChunk) those whose bit is set.
+  double add_through_buffers(const Line& line, int64_t row, int64_t c, int64_t n, const uint64_t* words,
+                             const Normalization* normalization) const {
     const TensorRef* const tensor = lines.tensor;
-    alignas(64) T input_buffer[kChunk], target_buffer[kChunk], out_buffer[kChunk];
+    alignas(64) T input_buffer[kChunk], target_buffer[kChunk], values[kChunk], slopes[kChunk];
     double total = 0;
     for (const int64_t end = c + n; c < end; c += kChunk) {
       const int count = static_cast<int>(min64(end - c, kChunk));
-      const auto offset = [&](int t) { return at.of[t] + c * tensor[t].stride[3]; };
+      const auto offset = [&](int t) { return line.of[t] + row * tensor[t].stride[2] + c * tensor[t].stride[3]; };
       const T* const input = read(tensor[kInput], offset(kInput), count, input_buffer);
       const T* target = read(tensor[kTarget], offset(kTarget), count, target_buffer);
       if (normalization) {
@@ -302,67 +390,64 @@ struct Worker {
           target_buffer[k] = static_cast<T>((target[k] - normalization->mean) * normalization->factor);
         target = target_buffer;
       }
-      if (sums) total += sum_values<kKind>(input, target, words, count, constants);
-      if (tensor[kLoss]) {
-        write_values<kKind>(out_buffer, input, target, words, count, constants);
-        write(tensor[kLoss], offset(kLoss), out_buffer, count);
-      }
+      total += add_chunk<kKind>(input, target, words, count, constants, tensor[kLoss] ? values : nullptr,
+                                tensor[kGradInput] ? slopes : nullptr);
+      if (tensor[kLoss]) write(tensor[kLoss], offset(kLoss), values, count);
       if (!tensor[kGradInput]) continue;
-      if (tensor[kGradInput].dtype == kComputeDType<T> && tensor[kGradInput].stride[3] == 1 && !tensor[kGradLoss]) {
-        write_slopes<kKind>(static_cast<T*>(tensor[kGradInput].ptr) + offset(kGradInput), input, target, words, count,
-                            constants);
-        continue;
-      }
-      write_slopes<kKind>(out_buffer, input, target, words, count, constants);
       if (tensor[kGradLoss])  // input_buffer has done its work
-        multiply_upstream(out_buffer, read(tensor[kGradLoss], offset(kGradLoss), count, input_buffer), words, count);
-      write(tensor[kGradInput], offset(kGradInput), out_buffer, count);
+        multiply_upstream(slopes, read(tensor[kGradLoss], offset(kGradLoss), count, input_buffer), words, count);
+      write(tensor[kGradInput], offset(kGradInput), slopes, count);
     }
     return total;
   }
 
-  void skip_run(const Offsets& at, int64_t c, int64_t n) const {
+  // The same for elements that do not count.
+  void skip_run(const Line& line, int64_t row, int64_t c, int64_t n) const {
     for (int t = 0; t < kTensors; ++t) {
       const TensorRef& tensor = lines.tensor[t];
-      if ((t == kLoss || t == kGradInput) && tensor) fill_zero(tensor, at.of[t] + c * tensor.stride[3], n);
+      if ((t == kLoss || t == kGradInput) && tensor)
+        fill_zero(tensor, line.of[t] + row * tensor.stride[2] + c * tensor.stride[3], n);
     }
   }
 
   // Columns [c, end) of a line under a mask of elements.
-  double add_elements(const Offsets& at, const uint8_t* mask, int64_t c, int64_t end) const {
+  double add_elements(const Line& line, int64_t c, int64_t end) const {
     double total = 0;
     for (; c < end; c += kChunk) {
       const int count = static_cast<int>(min64(end - c, kChunk));
       uint64_t words[kWords], any = 0, missing = 0;
       for (int w = 0; w * 64 < count; ++w) {
-        words[w] = bool_word(mask + (c + w * 64) * lines.cell_stride, lines.cell_stride, min64(count - w * 64, 64));
+        words[w] = bool_word(line.mask + (c + w * 64) * lines.cell_stride, lines.cell_stride, min64(count - w * 64, 64));
         any |= words[w];
         missing |= words[w] ^ bits_before(count, w * 64);
       }
-      if (any) total += add_run(at, c, count, missing ? words : nullptr, nullptr);
-      else skip_run(at, c, count);
+      if (!any || !missing) total += add_run(line, 1, {c, c + count, any != 0}, nullptr);
+      else total += add_through_buffers(line, 0, c, count, words, nullptr);
     }
     return total;
   }
 
-  // Columns [c, end) of a line under cells: one run for neighbours that agree.
-  double add_cells(const Offsets& at, const uint8_t* mask, int64_t c, int64_t end) const {
+  // Columns [c, end) of `rows` lines under one row of cells, c in `cell`: one run for neighbours that agree.
+  double add_cells(const Line& line, int64_t rows, int64_t c, int64_t end, int64_t cell) const {
+    Run runs[kRuns];
     double total = 0;
+    int64_t stop = (cell + 1) * lines.cell_width;
     while (c < end) {
-      int64_t cell = c / lines.cell_width;
-      const bool counted = mask[cell * lines.cell_stride];
-      int64_t stop = (cell + 1) * lines.cell_width;
-      while (stop < end && static_cast<bool>(mask[++cell * lines.cell_stride]) == counted) stop += lines.cell_width;
-      stop = min64(stop, end);
-      if (counted) total += add_run(at, c, stop - c, nullptr, nullptr);
-      else skip_run(at, c, stop - c);
-      c = stop;
+      int num_runs = 0;
+      for (; c < end && num_runs < kRuns; ++num_runs, ++cell, stop += lines.cell_width) {
+        const bool counted = line.mask[cell * lines.cell_stride];
+        for (; stop < end && static_cast<bool>(line.mask[(cell + 1) * lines.cell_stride]) == counted; ++cell)
+          stop += lines.cell_width;
+        runs[num_runs] = {c, min64(stop, end), counted};
+        c = stop;
+      }
+      total += add_runs(line, rows, runs, num_runs, nullptr);
     }
     return total;
   }
 
   // Mean and factor over `channels` x `rows` pieces of n elements each.
-  Normalization normalization(const Offsets& first, int64_t c, int64_t channels, int64_t rows, int64_t n) const {
+  Normalization normalization(const Line& first, int64_t c, int64_t channels, int64_t rows, int64_t n) const {
     const TensorRef& target = lines.tensor[kTarget];
     alignas(64) T buffer[kChunk];
     const int64_t elements = channels * rows * n;
@@ -396,46 +481,41 @@ struct Worker {
     const int64_t p = lines.cell_width, channels = lines.outer[1];
     double total = 0;
     for (int64_t x = 0; x * p < lines.width; ++x) {
-      const Offsets first = offsets(b, 0, y * p);
-      const bool counted = lines.mask[b * lines.mask_stride[0] + y * lines.mask_stride[2] + x * lines.cell_stride];
+      const Line first = line_at(lines, b * channels * lines.outer[2] + y * p);
+      const bool counted = first.mask[x * lines.cell_stride];
       Normalization norm{};
       if (counted) norm = normalization(first, x * p, channels, p, p);
       for (int64_t channel = 0; channel < channels; ++channel) {
-        for (int64_t row = 0; row < p; ++row) {
-          const Offsets at = offsets(b, channel, y * p + row);
-          if (counted) total += add_run(at, x * p, p, nullptr, &norm);
-          else skip_run(at, x * p, p);
-        }
+        const Line line = line_at(lines, (b * channels + channel) * lines.outer[2] + y * p);
+        total += add_run(line, p, {x * p, (x + 1) * p, counted}, &norm);
       }
     }
     return total;
   }
 
   double add_unit(int64_t unit, bool normalize) const {
-    if (normalize && lines.columns_per_unit == 0) {
+    if (lines.columns_per_unit == 0) {
       const int64_t grid_rows = lines.outer[2] / lines.rows_per_cell;
       return add_normalized_patches(unit / grid_rows, unit % grid_rows);
     }
     const int64_t blocks = ceil_div(lines.width, lines.columns_per_unit);
     const int64_t c = unit % blocks * lines.columns_per_unit, end = min64(c + lines.columns_per_unit, lines.width);
-    const int64_t first = unit / blocks * lines.lines_per_unit;
-    const int64_t last = min64(first + lines.lines_per_unit, lines.outer[0] * lines.outer[1] * lines.outer[2]);
+    const int64_t first_cell = c / lines.cell_width, first = unit / blocks * lines.lines_per_unit;
+    const int64_t count = min64(lines.lines_per_unit, lines.outer[0] * lines.outer[1] * lines.outer[2] - first);
     double total = 0;
-    for (int64_t line = first; line < last; ++line) {
-      const int64_t i0 = line / (lines.outer[1] * lines.outer[2]), i1 = line / lines.outer[2] % lines.outer[1];
-      const int64_t i2 = line % lines.outer[2];
-      const Offsets at = offsets(i0, i1, i2);
-      const uint8_t* const mask = lines.mask + i0 * lines.mask_stride[0] + i1 * lines.mask_stride[1] +
-                                  i2 / lines.rows_per_cell * lines.mask_stride[2];
-      if (normalize && !*mask) {
-        skip_run(at, c, end - c);
-      } else if (normalize) {
-        const Normalization norm = normalization(at, 0, 1, 1, lines.width);
-        total += add_run(at, c, end - c, nullptr, &norm);
+    Line line = line_at(lines, first);
+    for (int64_t n = 0, rows; n < count; n += rows) {
+      if (n > 0) advance(lines, line, rows);
+      rows = min64(count - n, lines.rows_per_cell - line.last_index % lines.rows_per_cell);
+      if (normalize) {
+        const bool counted = *line.mask;
+        Normalization norm{};
+        if (counted) norm = normalization(line, 0, 1, 1, lines.width);
+        total += add_run(line, 1, {c, end, counted}, &norm);
       } else if (lines.cell_width == 1) {
-        total += add_elements(at, mask, c, end);
+        total += add_elements(line, c, end);
       } else {
-        total += add_cells(at, mask, c, end);
+        total += add_cells(line, rows, c, end, first_cell);
       }
     }
     return total;
@@ -445,8 +525,9 @@ struct Worker {
 template <LossKind kKind, typename T>
 static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   const T beta = static_cast<T>(p.beta);
-  const Worker<kKind, T> worker{lines, {beta, 1 / beta, static_cast<T>(scale)}, p.normalize_eps,
-                                p.reduction != Reduction::kNone};
+  bool in_place = !lines.tensor[kLoss] && !lines.tensor[kGradLoss];
+  for (const TensorRef& t : lines.tensor) in_place = in_place && (!t || (t.dtype == kComputeDType<T> && t.stride[3] == 1));
+  const Worker<kKind, T> worker{lines, {beta, 1 / beta, static_cast<T>(scale)}, p.normalize_eps, in_place};
   double* const slots = static_cast<double*>(align_pointer(p.workspace));
 #pragma omp parallel for num_threads(p.num_threads) schedule(dynamic)
   for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target);
