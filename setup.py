@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -39,13 +40,13 @@ def missing_for_native() -> list[str]:
     """What keeps the native library from being built here."""
     missing = []
     if not find_tool(*os.environ.get("CXX", "").split()[:1], "c++", "g++", "clang++"):
-        missing.append("a C++ compiler")
+        missing.append("C++ compiler")
     if not find_tool("cmake"):
         missing.append("cmake")
     if not find_tool("ninja", "make"):
         missing.append("ninja or make")
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        missing.append("Python's headers")
+        missing.append("Python headers")
     if pybind11_include() is None:
         missing.append("pybind11")
     return missing
@@ -56,13 +57,14 @@ class BuildNative(build_ext):
         missing = missing_for_native()
         if missing:
             # The package is whole without it: every operation runs on the reference, and `fastattn info` says so.
-            self.warn(f"fastattn: no {', no '.join(missing)}: installing without the native library")
+            self.warn(f"no {', no '.join(missing)}: fastattn is installed without the native library")
             self.extensions = []
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "native"
+        # Beside the sources, whichever command builds: pip's own folders are gone afterwards.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = str(find_tool("cmake")), find_tool("ninja")
         configure = [

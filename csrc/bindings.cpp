@@ -317,7 +317,6 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of fastattn; called by fastattn/backends/native.py only.";
-  level();  // a level that cannot be had is an error at import, not a crash at the first call
   module.def("level", level);
   module.def("supported_levels", supported_levels);
   module.def("build_info", build_info);

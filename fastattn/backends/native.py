@@ -21,6 +21,8 @@ try:
 except ImportError as error:
     raise ImportError(f"fastattn was installed without its compiled library ({error})") from error
 
+# A level that cannot be had is an error here: a ValueError that names FASTATTN_CPU_LEVEL, not a quiet fall back.
+LEVEL: str = _native.level()
 TILE_M: int = _native.TILE_M
 TILE_N: int = _native.TILE_N
 
