@@ -18,6 +18,7 @@
 //
 // A row's result depends on its own sequence of key tiles only: not on threads, on the order of the items or on their size.
 #include "../core/softmax.h"
+#include "bias.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -206,24 +207,6 @@ struct SubTile {
   T *query_t, *out, *row_max, *row_sum;
 };
 
-// bias [keys][ld] = log2 e * bias of the tile, transposed.
-template <typename T>
-static void load_bias(T* dst, int64_t ld, const TensorRef& bias, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys,
-                      T* staging) {
-  const T log2e = static_cast<T>(kLog2E);
-  const void* const tile = element(bias.ptr, bias.dtype, b * bias.stride[0] + h * bias.stride[1] + i0 * bias.stride[2] +
-                                                             j0 * bias.stride[3]);
-  if (bias.stride[3] == 1) {
-    transpose_rows<T>(dst, ld, tile, bias.dtype, bias.stride[2], rows, keys, log2e, staging);
-    return;
-  }
-  for (int j = 0; j < keys; ++j)
-    for (int r = 0; r < ld; ++r)
-      dst[j * ld + r] = r < rows ? static_cast<T>(load_scalar(element(tile, bias.dtype, r * bias.stride[2] + j * bias.stride[3]),
-                                                              bias.dtype)) * log2e
-                                 : T(0);
-}
-
 template <typename T>
 static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, int64_t item) {
   constexpr int W = kWidth<T>;
@@ -304,7 +287,8 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       terms.allowed = nullptr;
       terms.kept = nullptr;
       if (p.bias) {
-        load_bias(s.bias, sub.padded_rows, p.bias, b, h, sub.i0, sub.rows, j0 + begin, keys, s.staging);
+        load_transposed(s.bias, sub.padded_rows, p.bias, b, h, sub.i0, sub.rows, j0 + begin, keys, static_cast<T>(kLog2E),
+                        s.staging);
         terms.bias = s.bias;
       }
       if (mask.tile_class == TileClass::kPartial) {

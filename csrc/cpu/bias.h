@@ -1,0 +1,87 @@
+// The bias of a tile, and its gradient in the bias's own shape; and other tensors that lie along the scores.
+#pragma once
+
+#include "../core/softmax.h"
+#include "tile.h"
+
+namespace fastattn::cpu::FASTATTN_ISA {
+namespace {
+
+// dst [keys][ld] = factor * x of the tile, transposed; 0 for rows <= r < ld, where ld is `rows` in whole vectors. x is
+// [B, H, L, S] by strides.
+template <typename T>
+static void load_transposed(T* dst, int64_t ld, const TensorRef& x, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0,
+                            int keys, T factor, T* staging) {
+  const void* const tile =
+      element(x.ptr, x.dtype, b * x.stride[0] + h * x.stride[1] + i0 * x.stride[2] + j0 * x.stride[3]);
+  if (x.stride[3] == 1) {
+    transpose_rows<T>(dst, ld, tile, x.dtype, x.stride[2], rows, keys, factor, staging);
+    return;
+  }
+  for (int j = 0; j < keys; ++j)
+    for (int r = 0; r < ld; ++r)
+      dst[j * ld + r] =
+          r < rows ? static_cast<T>(load_scalar(element(tile, x.dtype, r * x.stride[2] + j * x.stride[3]), x.dtype)) * factor
+                   : T(0);
+}
+
+// dst [rows][kTileN] = log2 e * bias of the tile.
+template <typename T>
+static void load_bias_rows(T* dst, const TensorRef& bias, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
+  constexpr int W = kWidth<T>;
+  const Vec<T> log2e = broadcast(static_cast<T>(kLog2E));
+  for (int r = 0; r < rows; ++r, dst += kTileN) {
+    const void* const row = element(bias.ptr, bias.dtype, b * bias.stride[0] + h * bias.stride[1] + (i0 + r) * bias.stride[2] +
+                                                              j0 * bias.stride[3]);
+    if (bias.stride[3] == 1)
+      convert_row(dst, row, bias.dtype, keys, round_up(keys, W));
+    else
+      for (int j = 0; j < keys; ++j) dst[j] = static_cast<T>(load_scalar(element(row, bias.dtype, j * bias.stride[3]), bias.dtype));
+    for (int j = 0; j < keys; j += W) store(dst + j, load(dst + j) * log2e);
+  }
+}
+
+// ---- gradient ----
+
+template <typename T>
+static T* bias_gradient_at(const TensorRef& grad, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return static_cast<T*>(grad.ptr) + b * grad.stride[0] + h * grad.stride[1] + i * grad.stride[2] + j * grad.stride[3];
+}
+
+// Before the first of the tiles that add to it: zeros for the tile's part of the gradient.
+template <typename T>
+static void clear_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
+  if ((grad.stride[2] == 0 && i0 > 0) || (grad.stride[3] == 0 && j0 > 0)) return;  // belongs to the first tile
+  const int count = grad.stride[3] ? keys : 1;
+  for (int r = 0; r < (grad.stride[2] ? rows : 1); ++r)
+    std::memset(bias_gradient_at<T>(grad, b, h, i0 + r, j0), 0, count * sizeof(T));
+}
+
+// Adds dS [rows][kTileN]. What broadcasts over the rows or keys is summed within the tile first: fewer roundings in a row.
+template <typename T>
+static void add_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys,
+                              const T* ds) {
+  T* const dst = bias_gradient_at<T>(grad, b, h, i0, j0);
+  if (grad.stride[2] && grad.stride[3]) {
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < keys; ++j) dst[r * grad.stride[2] + j] += ds[r * kTileN + j];
+  } else if (grad.stride[2]) {
+    for (int r = 0; r < rows; ++r) {
+      T total = T(0);
+      for (int j = 0; j < keys; ++j) total += ds[r * kTileN + j];
+      dst[r * grad.stride[2]] += total;
+    }
+  } else {
+    T columns[kTileN] = {}, total = T(0);
+    for (int r = 0; r < rows; ++r)
+      for (int j = 0; j < keys; ++j) columns[j] += ds[r * kTileN + j];
+    for (int j = 0; j < keys; ++j) {
+      total += columns[j];
+      if (grad.stride[3]) dst[j] += columns[j];
+    }
+    if (!grad.stride[3]) dst[0] += total;
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cpu::FASTATTN_ISA
