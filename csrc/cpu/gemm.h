@@ -35,7 +35,7 @@ FASTATTN_INLINE int next_block_vectors(int vectors) {
 }
 
 template <typename T, Layout kLayout, int kRows, int kVectors>
-static void gemm_block(int k, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb, T* __restrict c,
+FASTATTN_NOINLINE void gemm_block(int k, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb, T* __restrict c,
                        int64_t ldc, bool accumulate) {
   constexpr int W = kWidth<T>;
   Vec<T> acc[kRows][kVectors];

@@ -18,6 +18,12 @@
 #endif
 
 #define FASTATTN_INLINE static inline __attribute__((always_inline))
+// A kernel's inner loop keeps a function, and the registers, to itself.
+#if defined(__clang__)
+#define FASTATTN_NOINLINE static __attribute__((noinline))
+#else
+#define FASTATTN_NOINLINE static __attribute__((noinline, noclone))
+#endif
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
