@@ -47,7 +47,7 @@ from fastattn.testing.oracle import (
 SDPA = "torch.nn.functional:scaled_dot_product_attention"
 
 
-# ---------------------------------------------------------------------------------------- a sound function, and its faults
+# ----------------------------------------------------------------------------------- a sound function, and its faults
 
 
 class Attention:

@@ -220,7 +220,7 @@ def _attention_noise(
 ) -> None:
     """Fills `expected.noise`, as the head of this file explains."""
     case, values = problem.case, expected.values
-    u, u_store = unit_roundoff(arithmetic_dtype(case.dtype)), unit_roundoff(case.dtype)
+    u = unit_roundoff(arithmetic_dtype(case.dtype))
     group = case.heads_q // case.heads_kv
     q = problem.query.detach().cpu().double().abs()
     k = problem.key.detach().cpu().double().abs().repeat_interleave(group, dim=1)
@@ -251,7 +251,8 @@ def _attention_noise(
     ds = u * (p * weight * (dp + delta))
     # A fused kernel forms delta = rowsum(dO * out) from the stored out: each product carries the store's rounding. The
     # roundings are independent, so they add up as the root of the sum of squares.
-    ds = ds + p * (u_store * (grad_out * values["out"]).square().sum(dim=-1, keepdim=True).sqrt())
+    stored = _store(values["out"], case.dtype)
+    ds = ds + p * (grad_out * stored).square().sum(dim=-1, keepdim=True).sqrt()
     noise["dq"] = _store(values["dq"], case.dtype) + scale * (ds @ k)
     noise["dk"] = _store(values["dk"], case.dtype) + _sum_groups(scale * (ds.transpose(-1, -2) @ q), group)
     noise["dv"] = _store(values["dv"], case.dtype) + _sum_groups(u * ((dropped * weight).transpose(-1, -2) @ do), group)
