@@ -254,7 +254,7 @@ def _attention_with_seed(
     device = query.device
     dropout_seed = _check_seed(dropout_p, dropout_seed, device)
     name = dispatch.select(Problem("attention", device.type, dtype, max(sizes.dim_qk, sizes.dim_v)), backend)
-    return torch.ops.fastattn.attention(
+    return ops.attention(
         _unit_stride(query),
         _unit_stride(key),
         _unit_stride(value),
@@ -293,7 +293,7 @@ def _attention_packed(
     device = qkv.device
     dropout_seed = _check_seed(dropout_p, dropout_seed, device)
     name = dispatch.select(Problem("attention", device.type, dtype, dim), backend)
-    return torch.ops.fastattn.attention_packed(
+    return ops.attention_packed(
         _unit_stride(qkv), bias, *_flat_mask(mask, sizes, device, name), scale, dropout_p, dropout_seed, name
     )
 
@@ -337,7 +337,7 @@ def attention_weights(
     device = query.device
     dropout_seed = _check_seed(dropout_p, dropout_seed, device)
     name = dispatch.select(Problem("attention_weights", device.type, dtype, sizes.dim_qk), backend)
-    return torch.ops.fastattn.attention_weights(
+    return ops.attention_weights(
         _unit_stride(query),
         _unit_stride(key),
         lse.to(accumulated).contiguous(),
@@ -592,25 +592,21 @@ def _to_four(
 
 
 def _fold(x: Tensor) -> Tensor:
-    """(..., H, L, E) -> (B, H, L, E); (N, L, E) -> (N, 1, L, E); (L, E) -> (1, 1, L, E)."""
-    if x.dim() > 4:
-        return x.flatten(0, -4)
-    return x[None, None] if x.dim() == 2 else x.unsqueeze(1) if x.dim() == 3 else x
+    """(..., H, L, E) -> (B, H, L, E); (H, L, E) -> (1, H, L, E); (L, E) -> (1, 1, L, E)."""
+    return x.flatten(0, -4) if x.dim() > 4 else x[(None,) * (4 - x.dim())]
 
 
 def _mask_to_four(attn_mask: Tensor, lead: tuple[int, ...]) -> Tensor:
-    if attn_mask.dim() <= 2:
-        return attn_mask
+    """The mask as it broadcasts to folded scores."""
     if len(lead) + 2 < attn_mask.dim():
         raise ValueError(
             f"attn_mask must broadcast to (..., L, S) with leading dimensions {lead}, got {tuple(attn_mask.shape)}"
         )
-    if len(lead) == 1:  # (N, L, S) -> (N, 1, L, S)
-        return attn_mask.unsqueeze(1)
-    if len(lead) == 2:
+    if len(lead) <= 2 or attn_mask.dim() <= 3:
         return attn_mask
-    batch = attn_mask.shape[:-3]
     try:
         return attn_mask.expand(*lead[:-1], *attn_mask.shape[-3:]).flatten(0, -4)
     except RuntimeError as error:
-        raise ValueError(f"attn_mask must broadcast to leading dimensions {lead}, got {tuple(batch)}") from error
+        raise ValueError(
+            f"attn_mask must broadcast to (..., L, S) with leading dimensions {lead}, got {tuple(attn_mask.shape)}"
+        ) from error

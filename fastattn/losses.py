@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import (
-    dispatch,
-    ops,  # noqa: F401  registers torch.ops.fastattn
-)
+from fastattn import dispatch, ops
 from fastattn.dispatch import KERNEL_DTYPES, Problem
 
 REDUCTIONS = ("masked_mean", "sum", "mean", "none")
@@ -136,7 +133,7 @@ def _masked_loss(
         # mask alone, and as small as its last three dimensions are.
         mask = mask.expand(*shape[:-3], *mask.shape[-3:]).flatten(0, -_MAX_DIMS)
         input, target = input.flatten(0, -_MAX_DIMS), target.flatten(0, -_MAX_DIMS)
-    loss, _ = torch.ops.fastattn.masked_loss(
+    loss, _ = ops.masked_loss(
         input, target, mask, kind, reduction, patch_size or 0, beta, normalize_target, float(eps), need_grad, name
     )
     return loss.view(shape) if reduction == "none" and len(shape) > _MAX_DIMS else loss

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import dispatch
@@ -281,7 +282,7 @@ def _attention_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | N
         return None, None, None, None, *nothing
     (query, key, value, out, lse), bias, rest = _saved(ctx)
     needs = ctx.needs_input_grad
-    gradients = torch.ops.fastattn.attention_backward(
+    gradients = attention_backward(
         torch.zeros_like(out) if grad_out is None else grad_out,
         *(grad_lse, query, key, value, out, lse, bias, *rest, needs[3]),
     )
@@ -299,7 +300,7 @@ def _attention_packed_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Ten
         return None, None, *nothing
     (qkv, out, lse), bias, rest = _saved(ctx)
     needs = ctx.needs_input_grad
-    gradients = torch.ops.fastattn.attention_packed_backward(
+    gradients = attention_packed_backward(
         torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, qkv, out, lse, bias, *rest, needs[1]
     )
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *nothing
@@ -316,7 +317,7 @@ def _attention_weights_gradients(ctx: Any, grad_weights: Tensor | None) -> tuple
         return None, None, None, None, *nothing
     (query, key, lse), bias, rest = _saved(ctx)
     needs = ctx.needs_input_grad
-    grad_query, grad_key, grad_bias, grad_lse = torch.ops.fastattn.attention_weights_backward(
+    grad_query, grad_key, grad_bias, grad_lse = attention_weights_backward(
         grad_weights, query, key, lse, bias, *rest, needs[3]
     )
     gradients = (grad_query, grad_key, grad_lse, grad_bias)
@@ -396,13 +397,13 @@ def _masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, grad_grad_input: 
         grad_input = _scaled(grad_input, grad_loss)
     elif reduction == "none":
         input, target, mask = ctx.saved_tensors
-        grad_input = torch.ops.fastattn.masked_loss_backward(
+        grad_input = masked_loss_backward(
             grad_loss, input, target, mask, kind, patch_size, beta, normalize_target, eps, backend
         )
     else:
         # Traced without a gradient in sight, such as an exported evaluation that is now trained: compute it here.
         input, target, mask = ctx.saved_tensors
-        _, grad_input = torch.ops.fastattn.masked_loss(
+        _, grad_input = masked_loss(
             input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, True, backend
         )
         grad_input = grad_input * grad_loss
@@ -527,6 +528,10 @@ _ONCE = (
 )
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For a derivative that is refused anyway."""
+
+
 def _refuse_second_derivative(name: str) -> Callable:
     def backward(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(f"fastattn::{name}: {_ONCE}")
@@ -545,13 +550,13 @@ _KERNELS: dict[str, tuple[Callable, Callable]] = {  # the kernel and its fake
     "masked_loss": (_masked_loss, _masked_loss_fake),
     "masked_loss_backward": (_masked_loss_backward, _masked_loss_backward_fake),
 }
-_AUTOGRAD: dict[str, tuple[Callable, Callable | None]] = {  # the backward and what it saves
+_AUTOGRAD: dict[str, tuple[Callable, Callable]] = {  # the backward and what it saves
     "attention": (_attention_gradients, _attention_setup),
     "attention_packed": (_attention_packed_gradients, _attention_packed_setup),
     "attention_weights": (_attention_weights_gradients, _attention_weights_setup),
     "masked_loss": (_masked_loss_gradients, _masked_loss_setup),
     **{
-        name: (_refuse_second_derivative(name), None)
+        name: (_refuse_second_derivative(name), _save_nothing)
         for name in (
             "attention_backward",
             "attention_packed_backward",
@@ -597,3 +602,85 @@ def _register() -> torch.library.Library:
 # A process has one set of operators: when this module is imported or reloaded a second time, the first one serves.
 if not hasattr(torch.ops.fastattn, "attention"):
     _library = _register()
+
+
+# Calls ---------------------------------------------------------------------------------------------------------------
+# What the public functions call. The dispatcher, and above all the autograd that torch.library generates, cost more
+# than a small problem's kernel. Where nobody would see the difference, the kernel is called directly, or an
+# autograd.Function with the same formulas; everything that traces, counts, casts or intercepts gets the operator.
+
+
+def _is_watched() -> bool:
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
+def _refuse_forward_mode(name: str, tensors: tuple[Any, ...]) -> None:
+    # torch gives an operator without a rule for tangents tangents of zero.
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"fastattn::{name} has no forward-mode derivative (jvp, jacfwd, hessian)")
+
+
+def _call(name: str, num_tensors: int) -> Callable:
+    """The operator as a function; its first `num_tensors` arguments are the tensors that may need a gradient."""
+    operator = getattr(torch.ops.fastattn, name).default
+    kernel = _KERNELS[name][0]
+    gradients, setup = _AUTOGRAD[name]
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = kernel(*arguments)
+            setup(ctx, arguments, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    class Transformed(torch.autograd.Function):
+        """The form that torch.func takes. It costs more: torch inspects the signature at every call."""
+
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        setup_context = staticmethod(setup)
+        backward = staticmethod(gradients)
+
+    Function.__name__ = Function.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = f"fastattn_{name}"
+
+    def call(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_forward_mode(name, arguments[:num_tensors])
+        if _is_watched():
+            return operator(*arguments)
+        needs_grad = False
+        for tensor in arguments[:num_tensors]:
+            if tensor is not None:
+                if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter or tensor.is_meta:
+                    return operator(*arguments)
+                needs_grad = needs_grad or tensor.requires_grad
+        needs_grad = needs_grad and torch.is_grad_enabled()
+        if torch._C._are_functorch_transforms_active():
+            return Transformed.apply(*arguments) if needs_grad else operator(*arguments)
+        return Function.apply(*arguments) if needs_grad else kernel(*arguments)
+
+    return call
+
+
+attention = _call("attention", 4)
+attention_backward = _call("attention_backward", 8)
+attention_packed = _call("attention_packed", 2)
+attention_packed_backward = _call("attention_packed_backward", 6)
+attention_weights = _call("attention_weights", 4)
+attention_weights_backward = _call("attention_weights_backward", 5)
+masked_loss = _call("masked_loss", 2)
+masked_loss_backward = _call("masked_loss_backward", 3)

@@ -6,9 +6,12 @@ import sys
 import pytest
 import torch
 import torch._dynamo.utils
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.library import opcheck
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import fastattn
@@ -327,6 +330,104 @@ def test_upstream_gradient_of_the_loss(backend):
     (plain,) = torch.autograd.grad(masked_mse_loss(prediction, *arguments), prediction)
     (scaled,) = torch.autograd.grad(masked_mse_loss(prediction, *arguments) * 3, prediction)
     assert_close(scaled, plain * 3)
+
+
+# Transforms ----------------------------------------------------------------------------------------------------------
+
+
+def test_func_grad_and_vmap_of_grad(backend):
+    query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
+
+    def function(query):
+        return fastattn.attention(query, key, value, mask=Mask.causal()).square().sum()
+
+    leaf = query.clone().requires_grad_()
+    function(leaf).backward()
+    assert_close(torch.func.grad(function)(query), leaf.grad)
+    queries = torch.stack((query, 2 * query))
+    batched = torch.func.vmap(torch.func.grad(function))(queries)
+    assert_close(batched, torch.stack([torch.func.grad(function)(x) for x in queries]))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(query)
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_vmap(backend):
+    queries, keys = torch.randn(3, 2, 4, 7, 8), torch.randn(3, 2, 4, 11, 8)
+    got = torch.func.vmap(lambda query, key: fastattn.attention(query, key, key, mask=Mask.causal()))(queries, keys)
+    expected = [
+        fastattn.attention(query, key, key, mask=Mask.causal()) for query, key in zip(queries, keys, strict=True)
+    ]
+    assert_close(got, torch.stack(expected))
+
+
+def test_forward_mode_is_refused(backend):
+    # torch would give the operator tangents of zero without a word.
+    query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
+    prediction, counted = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
+    lse = torch.zeros(2, 4, 7)
+    functions = {
+        "attention": (lambda x: fastattn.attention(x, key, value), query),
+        "attention of values": (lambda x: fastattn.attention(query, key, x), value),
+        "attention_weights": (lambda x: fastattn.attention_weights(query, key, x), lse),
+        "masked_loss": (lambda x: masked_mse_loss(x, prediction, counted), prediction),
+    }
+    for function, primal in functions.values():
+        for run in (function, torch.compile(function, backend="aot_eager")):
+            with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+                torch.func.jvp(run, (primal,), (torch.ones_like(primal),))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            function(forward_ad.make_dual(primal, torch.ones_like(primal)))
+    compiled = torch.compile(lambda x: torch.func.jvp(functions["attention"][0], (x,), (x,)), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        compiled(query)
+
+
+def test_what_watches_sees_the_operator(backend):
+    query, key, value = (torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3))
+    with torch.profiler.profile() as profile:
+        fastattn.attention(query, key, value).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"fastattn::attention", "fastattn::attention_backward"} <= names
+    plain_query, plain_key, plain_value = (x.detach() for x in (query, key, value))
+    traced = torch.jit.trace(lambda x: fastattn.attention(x, plain_key, plain_value), (plain_query,), check_trace=False)
+    assert "fastattn::attention" in str(traced.graph)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(query)
+        assert isinstance(fastattn.attention(fake, fake, fake), type(fake))
+
+
+def test_the_short_way_is_the_operator(backend):
+    sample = Sample(mask=every_mask, bias=(2, 4, 7, 11), dropout=0.3)
+    outputs = []
+    for function in (ops.attention, FASTATTN.attention):
+        arguments = sample.attention(backend)
+        out, lse = function(*arguments)
+        loss = out.square().sum() + lse.where(lse != -torch.inf, 0).sum()
+        outputs.append((out, lse, *torch.autograd.grad(loss, arguments[:4])))
+    for ours, theirs in zip(*outputs, strict=True):
+        assert torch.equal(ours, theirs) and ours.stride() == theirs.stride()
+
+
+def test_checkpointing_and_saved_tensor_hooks(backend):
+    query, key, value = (torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3))
+
+    def function(query, key, value):
+        return fastattn.attention(query, key, value, mask=torch.ones(7, 7, dtype=torch.bool).tril(), dropout_p=0.3)
+
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(function(query, key, value).sum(), (query, key, value))
+    for use_reentrant in (False, True):
+        torch.manual_seed(1)
+        out = checkpoint(function, query, key, value, use_reentrant=use_reentrant)
+        out.sum().backward()
+        for tensor, gradient in zip((query, key, value), expected, strict=True):
+            assert_close(tensor.grad, gradient)
+            tensor.grad = None
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x, lambda x: x):
+        function(query, key, value)
+    assert len(packed) > 5
 
 
 # torch.compile -------------------------------------------------------------------------------------------------------
