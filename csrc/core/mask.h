@@ -16,6 +16,7 @@ enum class TileClass : int32_t { kEmpty = 0, kPartial = 1, kFull = 2 };
 
 FASTATTN_HD static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTATTN_HD static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTATTN_HD static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bits of the keys in front of `end`, for a word whose bit 0 is key j0 >= 0. Any `end` is allowed: lengths come from the user.
 FASTATTN_HD static inline uint64_t bits_before(int64_t end, int64_t j0) {

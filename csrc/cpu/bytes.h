@@ -7,8 +7,6 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-FASTATTN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Bit k: p[k] != 0, for 64 bytes that lie side by side.
 FASTATTN_INLINE uint64_t pack_bytes(const uint8_t* p) {
 #if defined(__AVX512BW__)
