@@ -6,19 +6,10 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 
 #include "kernels.h"
 
 namespace fastattn::cpu {
-namespace {  // INTERIM-BEGIN
-}
-#define FASTATTN_WEAK(ns) namespace ns { \
-  __attribute__((weak)) int64_t attention_weights_workspace(const AttentionWeightsParams&);  __attribute__((weak)) void attention_weights(const AttentionWeightsParams&); \
-  __attribute__((weak)) int64_t attention_weights_backward_workspace(const AttentionWeightsBackwardParams&);  __attribute__((weak)) void attention_weights_backward(const AttentionWeightsBackwardParams&); }
-FASTATTN_WEAK(baseline)
-FASTATTN_WEAK(avx2)
-FASTATTN_WEAK(avx512)  // INTERIM-END
 namespace {
 
 struct Kernels {
@@ -104,7 +95,7 @@ const char* level_name() { return chosen() ? chosen()->name : nullptr; }
 int effective_threads(int requested) { return forked || requested < 1 ? 1 : requested; }
 
 #define FASTATTN_FORWARD(result, name, Params) \
-  result name(const Params& params) { if (!chosen()->name) throw std::runtime_error(#name " is not built yet"); return chosen()->name(params); }
+  result name(const Params& params) { return chosen()->name(params); }
 
 FASTATTN_FORWARD(int64_t, attention_forward_workspace, AttentionForwardParams)
 FASTATTN_FORWARD(void, attention_forward, AttentionForwardParams)
