@@ -598,6 +598,25 @@ def test_compiles_in_one_graph(module, sharing, masks, weights, training):
     assert_same({name.removeprefix("_orig_mod."): value for name, value in result.items()}, expected, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms():
+    stock, ours = make_pair(batch_first=True)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+    batches = torch.randn(3, N, L, E, dtype=torch.float64)
+
+    def gradients(module):
+        def loss(parameters, x):
+            return torch.func.functional_call(module, parameters, (x, x, x))[0].square().sum()
+
+        return torch.func.grad(loss)(parameters, batches[0])
+
+    torch.testing.assert_close(gradients(ours), gradients(stock), rtol=1e-9, atol=1e-9)
+    mapped = torch.func.vmap(lambda x: ours(x, x, x))(batches)
+    expected = [ours(x, x, x) for x in batches]
+    for index in range(2):
+        torch.testing.assert_close(mapped[index], torch.stack([pair[index] for pair in expected]))
+
+
 class Block(nn.Module):
     """A model with the module inside."""
 
