@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from fastattn import dispatch
+
 Record = dict[str, Any]
 
 
@@ -61,11 +63,9 @@ def cpu_name() -> str:
 
 def cpu_level() -> str | None:
     """The instruction-set level that the compiled kernels run at; None without them."""
-    try:
-        from fastattn.backends import native
-    except ImportError:
+    if dispatch.NATIVE_FAILURE is not None:
         return None
-    return str(native.info()["level"])
+    return str(dispatch.load("cpu").info()["level"])
 
 
 def plain(value: Any) -> Any:

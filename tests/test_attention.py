@@ -10,21 +10,14 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import fastattn
-from fastattn import Mask, dispatch
+from fastattn import Mask
 from fastattn.attention import _attention_packed, _attention_with_seed
 
-BACKENDS = ["reference"] + (["cpu"] if dispatch.NATIVE_FAILURE is None else [])
 
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastattn.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
+@pytest.fixture
+def backend(backend):
+    with fastattn.use_backend(backend):
+        yield backend
 
 
 def inputs(B=2, Hq=4, Hkv=2, L=7, S=11, D=8, Dv=5, **options):

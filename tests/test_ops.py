@@ -20,26 +20,25 @@ from fastattn.attention import _BUILDERS, _attention_packed, _attention_with_see
 from fastattn.backends import reference
 from fastattn.losses import masked_mse_loss
 
-BACKENDS = ["reference"] + (["cpu"] if dispatch.NATIVE_FAILURE is None else [])
 FASTATTN = torch.ops.fastattn
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastattn.use_backend(request.param):
-        yield request.param
+@pytest.fixture
+def backend(backend):
+    with fastattn.use_backend(backend):
+        yield backend
 
 
 @pytest.fixture
 def first_able():
     """For what never sees a kernel, such as tracing: one backend is enough."""
-    with fastattn.use_backend(BACKENDS[-1]):
-        yield BACKENDS[-1]
+    name = "cpu" if dispatch.NATIVE_FAILURE is None else "reference"
+    with fastattn.use_backend(name):
+        yield name
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    torch.manual_seed(0)
     torch._dynamo.reset()
 
 
@@ -335,6 +334,7 @@ def test_upstream_gradient_of_the_loss(backend):
 # Transforms ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule")
 def test_func_grad_and_vmap_of_grad(backend):
     query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
 
@@ -383,6 +383,8 @@ def test_forward_mode_is_refused(backend):
         compiled(query)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
 def test_what_watches_sees_the_operator(backend):
     query, key, value = (torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3))
     with torch.profiler.profile() as profile:
