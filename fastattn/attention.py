@@ -225,7 +225,8 @@ def attention(
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError when `backend` cannot run them.
     """
-    seed = _draw_seed(dropout_p, query.device) if dropout_p else None
+    # Whatever else query may be is refused below.
+    seed = _draw_seed(dropout_p, query.device) if dropout_p and isinstance(query, Tensor) else None
     out, lse = _attention_with_seed(
         query, key, value, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale, dropout_seed=seed, backend=backend
     )

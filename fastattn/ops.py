@@ -425,7 +425,7 @@ def _scaled(grad_input: Tensor, grad_loss: Tensor) -> Tensor:
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and grad_loss.item() == 1.0
     ):
-        return grad_input
+        return grad_input.detach()
     return grad_input * grad_loss
 
 

@@ -353,6 +353,7 @@ def test_sdpa_minus_infinity_masks(backend):
 
 BAD = [
     (lambda q, k, v: fastattn.attention([1.0], k, v), TypeError, "query must be a tensor, got list"),
+    (lambda q, k, v: fastattn.attention([1.0], k, v, dropout_p=0.5), TypeError, "query must be a tensor, got list"),
     (lambda q, k, v: fastattn.attention(q, None, v), TypeError, "key must be a tensor, got NoneType"),
     (lambda q, k, v: fastattn.attention(q[0], k, v), ValueError, r"query must have 4 dimensions.*got \(4, 7, 8\)"),
     (lambda q, k, v: fastattn.attention(q, k, v[0]), ValueError, r"value must have 4 dimensions.*got \(2, 11, 5\)"),
@@ -384,6 +385,11 @@ BAD = [
     (lambda q, k, v: fastattn.attention(q, k, v, mask=torch.ones(7, 11)), TypeError, "mask must be .* bool"),
     (lambda q, k, v: fastattn.attention(q, k, v, mask="causal"), TypeError, "mask must be a Mask or a bool tensor"),
     (lambda q, k, v: fastattn.attention(q, k, v, mask=Mask.key_lengths([1, 2, 3])), ValueError, "mask: key lengths"),
+    (
+        lambda q, k, v: fastattn.attention(q, k, v, mask=torch.ones(7, 11, dtype=bool, device="meta")),
+        ValueError,
+        "mask must be on cpu",
+    ),
     (lambda q, k, v: fastattn.attention(q, k, v, bias=1.0), TypeError, "bias must be a float tensor, got float"),
     (lambda q, k, v: fastattn.attention(q, k, v, bias=torch.ones(7, 10)), ValueError, r"bias .*\(1, 1, 7, 10\)"),
     (

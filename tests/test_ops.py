@@ -327,6 +327,7 @@ def test_upstream_gradient_of_the_loss(backend):
     prediction = torch.randn(2, 5, 3, requires_grad=True)
     arguments = (torch.randn(2, 5, 3), torch.rand(2, 5) > 0.3)
     (plain,) = torch.autograd.grad(masked_mse_loss(prediction, *arguments), prediction)
+    assert not plain.requires_grad
     (scaled,) = torch.autograd.grad(masked_mse_loss(prediction, *arguments) * 3, prediction)
     assert_close(scaled, plain * 3)
 
