@@ -1,13 +1,10 @@
 // The attention backward of every instruction level this CPU has, against the definition in double.
 #include <algorithm>
-#include <cstdlib>
-#include <string>
 #include <vector>
 
 #include "../core/mask.h"
-#include "../core/philox.h"
-#include "../cpu/dispatch.h"
 #include "../cpu/kernels.h"
+#include "levels.h"
 #include "problem.h"
 
 using namespace fastattn;
@@ -19,21 +16,6 @@ namespace {
 struct Saved {
   Tensor out, grad_out, lse, grad_lse;
 };
-
-double dot(const TensorRef& x, int64_t hx, int64_t i, const TensorRef& y, int64_t hy, int64_t j, int64_t b, int64_t dim) {
-  double sum = 0.0;
-  for (int64_t d = 0; d < dim; ++d) sum += get(x, b, hx, i, d) * get(y, b, hy, j, d);
-  return sum;
-}
-
-double score(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return dot(p.query, h, i, p.key, h / (p.heads_q / p.heads_kv), j, b, p.dim_qk) * p.scale +
-         (p.bias ? get(p.bias, b, h, i, j) : 0.0);
-}
-
-double kept(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
-  return dropout_keeps(p.dropout, b, h, i, j) ? 1.0 / (1.0 - p.dropout.p) : 0.0;
-}
 
 Saved forward(AttentionParams& p, bool rows_first, bool with_grad_lse, Random& random) {
   Saved s;
@@ -102,20 +84,6 @@ Gradients run(AttentionBackwardParams p, int threads, bool rows_first) {
   cpu::attention_backward(p);
   return g;
 }
-
-// The largest difference in units of the largest element (at least 1).
-void compare(const TensorRef& found, const TensorRef& wanted, const int64_t size[4], double tolerance) {
-  double largest = 1.0, difference = 0.0;
-  for (int64_t n = 0; n < size[0] * size[1] * size[2] * size[3]; ++n) {
-    const int64_t d = n % size[3], i = n / size[3] % size[2], h = n / (size[3] * size[2]) % size[1], b = n / (size[3] * size[2] * size[1]);
-    const double want = get(wanted, b, h, i, d), error = std::fabs(get(found, b, h, i, d) - want);
-    largest = std::fmax(largest, std::fabs(want));
-    difference = error > difference || std::isnan(error) ? error : difference;
-  }
-  if (!CHECK(difference <= tolerance * largest)) std::fprintf(stderr, "    off by %g, largest %g\n", difference, largest);
-}
-
-void add(const TensorRef& t, int64_t b, int64_t h, int64_t i, int64_t d, double x) { put(t, b, h, i, d, get(t, b, h, i, d) + x); }
 
 Gradients define(const AttentionBackwardParams& p) {
   Gradients g;
@@ -202,19 +170,9 @@ void test_empty_problems() {
 
 }  // namespace
 
-// Without arguments: runs itself once per level, since a process keeps the level it starts with.
 int main(int argc, char** argv) {
-  if (argc == 1) {
-    const char* names[cpu::kMaxLevels];
-    const int levels = cpu::supported_levels(names);
-    for (int n = 0; n < levels; ++n) {
-      const std::string command = std::string("FASTATTN_CPU_LEVEL=") + names[n] + " '" + argv[0] + "' run";
-      CHECK(std::system(command.c_str()) == 0);
-    }
-    CHECK(levels > 0);
-    return fastattn::test::result("attention backward");
-  }
-  test_random_problems();
-  test_empty_problems();
-  return fastattn::test::result(cpu::level_name());
+  return run_every_level(argc, argv, "attention backward", [] {
+    test_random_problems();
+    test_empty_problems();
+  });
 }

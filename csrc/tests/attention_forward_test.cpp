@@ -1,13 +1,11 @@
 // The attention forward of every instruction level this CPU has, against the definition in double.
-#include <cstdlib>
 #include <limits>
-#include <string>
 #include <vector>
 
 #include "../core/mask.h"
 #include "../core/philox.h"
-#include "../cpu/dispatch.h"
 #include "../cpu/kernels.h"
+#include "levels.h"
 #include "problem.h"
 
 using namespace fastattn;
@@ -170,21 +168,11 @@ void test_large_scores() {
 
 }  // namespace
 
-// Without arguments: runs itself once per level, since a process keeps the level it starts with.
 int main(int argc, char** argv) {
-  if (argc == 1) {
-    const char* names[cpu::kMaxLevels];
-    const int levels = cpu::supported_levels(names);
-    for (int n = 0; n < levels; ++n) {
-      const std::string command = std::string("FASTATTN_CPU_LEVEL=") + names[n] + " '" + argv[0] + "' run";
-      CHECK(std::system(command.c_str()) == 0);
-    }
-    CHECK(levels > 0);
-    return fastattn::test::result("attention forward");
-  }
-  test_random_problems();
-  test_empty_problems();
-  test_attended_nan();
-  test_large_scores();
-  return fastattn::test::result(cpu::level_name());
+  return run_every_level(argc, argv, "attention forward", [] {
+    test_random_problems();
+    test_empty_problems();
+    test_attended_nan();
+    test_large_scores();
+  });
 }

@@ -8,6 +8,7 @@
 
 #include "../core/mask.h"
 #include "../core/params.h"
+#include "../core/philox.h"
 #include "check.h"
 
 namespace fastattn::test {
@@ -196,5 +197,36 @@ struct RandomProblem {
     }
   }
 };
+
+// ---- the definition ----
+
+inline double dot(const TensorRef& x, int64_t hx, int64_t i, const TensorRef& y, int64_t hy, int64_t j, int64_t b, int64_t dim) {
+  double sum = 0.0;
+  for (int64_t d = 0; d < dim; ++d) sum += get(x, b, hx, i, d) * get(y, b, hy, j, d);
+  return sum;
+}
+
+inline double score(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return dot(p.query, h, i, p.key, h / (p.heads_q / p.heads_kv), j, b, p.dim_qk) * p.scale +
+         (p.bias ? get(p.bias, b, h, i, j) : 0.0);
+}
+
+inline double kept(const AttentionParams& p, int64_t b, int64_t h, int64_t i, int64_t j) {
+  return dropout_keeps(p.dropout, b, h, i, j) ? 1.0 / (1.0 - p.dropout.p) : 0.0;
+}
+
+// The largest difference in units of the largest element (at least 1).
+inline void compare(const TensorRef& found, const TensorRef& wanted, const int64_t size[4], double tolerance) {
+  double largest = 1.0, difference = 0.0;
+  for (int64_t n = 0; n < size[0] * size[1] * size[2] * size[3]; ++n) {
+    const int64_t d = n % size[3], i = n / size[3] % size[2], h = n / (size[3] * size[2]) % size[1], b = n / (size[3] * size[2] * size[1]);
+    const double want = get(wanted, b, h, i, d), error = std::fabs(get(found, b, h, i, d) - want);
+    largest = std::fmax(largest, std::fabs(want));
+    difference = error > difference || std::isnan(error) ? error : difference;
+  }
+  if (!CHECK(difference <= tolerance * largest)) std::fprintf(stderr, "    off by %g, largest %g\n", difference, largest);
+}
+
+inline void add(const TensorRef& t, int64_t b, int64_t h, int64_t i, int64_t d, double x) { put(t, b, h, i, d, get(t, b, h, i, d) + x); }
 
 }  // namespace fastattn::test
