@@ -96,7 +96,7 @@ struct ScoreTerms {
 // kVectors vectors of queries, `lane` the first of them. scores [keys][ld]. Writes probabilities (relative to the new running
 // maximum, after dropout) and the factor by which what was accumulated before must be rescaled.
 template <typename T, int kVectors, bool kReplace>
-static void softmax_lanes(T* scores, int64_t ld, int keys, int lane, T* row_max, T* row_sum, T* rescale,
+FASTATTN_NOINLINE void softmax_lanes(T* scores, int64_t ld, int keys, int lane, T* row_max, T* row_sum, T* rescale,
                           const ScoreTerms<T>& terms) {
   constexpr int W = kWidth<T>;
   const Vec<T> minus_inf = broadcast(-kInfinity<T>);
@@ -151,13 +151,11 @@ static void softmax_lanes(T* scores, int64_t ld, int keys, int lane, T* row_max,
 template <typename T, bool kReplace>
 static void softmax_tile(T* scores, int64_t ld, int keys, int padded_rows, T* row_max, T* row_sum, T* rescale,
                          const ScoreTerms<T>& terms) {
-  constexpr int W = kWidth<T>;
+  constexpr int W = kWidth<T>, kVectors = kVectorRegisters == 32 ? 3 : 2;  // beside the constants of exp2
   int lane = 0;
-  for (; lane + 3 * W <= padded_rows; lane += 3 * W)
-    softmax_lanes<T, 3, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
-  if (lane + 2 * W <= padded_rows)
-    softmax_lanes<T, 2, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
-  else if (lane + W <= padded_rows)
+  for (; lane + kVectors * W <= padded_rows; lane += kVectors * W)
+    softmax_lanes<T, kVectors, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
+  for (; lane < padded_rows; lane += W)
     softmax_lanes<T, 1, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
 }
 
