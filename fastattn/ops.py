@@ -254,6 +254,12 @@ def _attention_weights_backward_fake(
 # Autograd ------------------------------------------------------------------------------------------------------------
 
 
+_ONCE = (
+    "the gradient cannot be differentiated again: fastattn has no second derivatives; where you need them, use torch's "
+    "own functions"
+)
+
+
 def _save(ctx: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, rest: tuple[Any, ...]) -> None:
     # rest: the mask, then what follows it. Only tensors go through save_for_backward, which keeps hooks and
     # checkpointing working; a gradient that nobody uses stays None.
@@ -422,6 +428,7 @@ def _scaled(grad_input: Tensor, grad_loss: Tensor) -> Tensor:
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
         and not torch._C._autograd._get_current_graph_task_keep_graph()
         and grad_loss.item() == 1.0
     ):
@@ -521,11 +528,6 @@ def _autocast_kernel(name: str, key: str, device_type: str, positions: tuple[int
 
 
 # Registration --------------------------------------------------------------------------------------------------------
-
-_ONCE = (
-    "the gradient cannot be differentiated again: fastattn has no second derivatives. Use backend-independent torch "
-    "functions where you need them (create_graph=True)."
-)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -665,7 +667,7 @@ def _call(name: str, num_tensors: int) -> Callable:
         needs_grad = False
         for tensor in arguments[:num_tensors]:
             if tensor is not None:
-                if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter or tensor.is_meta:
+                if tensor.is_meta or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter):
                     return operator(*arguments)
                 needs_grad = needs_grad or tensor.requires_grad
         needs_grad = needs_grad and torch.is_grad_enabled()

@@ -362,6 +362,20 @@ def test_vmap(backend):
     assert_close(got, torch.stack(expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_backward_through_vmap(backend):
+    prediction, target = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 5, 4)
+    counted = torch.rand(5, 1) > 0.3
+
+    def loss(prediction, target):
+        return masked_mse_loss(prediction, target, counted)
+
+    torch.func.vmap(loss)(prediction, target).sum().backward()
+    separate = prediction.detach().clone().requires_grad_()
+    sum(loss(x, y) for x, y in zip(separate, target, strict=True)).backward()
+    assert_close(prediction.grad, separate.grad)
+
+
 def test_forward_mode_is_refused(backend):
     # torch would give the operator tangents of zero without a word.
     query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
