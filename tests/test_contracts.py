@@ -437,10 +437,10 @@ def test_contract_9_no_tensor_of_size_l_s_on_the_fused_backend() -> None:
 
 @needs_native
 def test_contract_9_no_copy_of_an_input_on_the_fused_backend() -> None:
-    """Inputs of 32 MiB, strided as a projection leaves them. Forward makes out; backward makes three gradients. What
+    """Inputs of 64 MiB, strided as a projection leaves them. Forward makes out; backward makes three gradients. What
     else is there is the scratch of two threads, which does not grow with the number of heads."""
     peak = peak_memory("""
-        heads, length, unit = 32, 2048, 2**25
+        heads, length, unit = 64, 2048, 2**26
         packed = torch.randn(1, length, 3, heads, 128)
         query, key, value = (packed[:, :, n].transpose(1, 2).requires_grad_() for n in range(3))
         grad = torch.randn(1, heads, length, 128)
@@ -508,6 +508,13 @@ def test_contract_11_head_dims_and_odd_lengths(backend: str, head_dim: int, dtyp
             seed=4, index=head_dim, **sizes, dtype=dtype, layout=layout, terms=(TermSpec("causal", "bottom_right"),)
         )
         assert_passes(check_attention(own_target(backend), case))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 3.0])
+def test_contract_11_any_finite_scale(backend: str, scale: float) -> None:
+    terms = (TermSpec("causal"), TermSpec("key_padding", pattern="random"))
+    case = Case(seed=4, index=0, batch=2, len_q=70, len_k=70, scale=scale, terms=terms, bias_shape=(70, 70))
+    assert_passes(check_attention(own_target(backend), case))
 
 
 @pytest.mark.slow

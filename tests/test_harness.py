@@ -38,6 +38,7 @@ from fastattn.testing.oracle import (
     allowed_pairs,
     arithmetic_dtype,
     attention_oracle,
+    dot_size,
     dropout_keep,
     may_attend,
     philox_4x32,
@@ -685,6 +686,20 @@ def test_the_weights_oracle_agrees_with_the_attention_oracle() -> None:
     upstream = torch.zeros(2, 2, 9, 70)
     weights = weights_oracle(problem, allowed, None, attention.values["lse"], False, upstream).values["weights"]
     torch.testing.assert_close(weights @ problem.value.repeat_interleave(2, dim=1), attention.values["out"])
+
+
+@pytest.mark.parametrize("dim", [8, 64, 256])
+def test_the_noise_of_a_score_is_that_of_a_chain_of_additions(dim: int) -> None:
+    q, k = torch.randn(1, 1, 4000, dim), torch.randn(1, 1, 4000, dim)
+    k[:, :, :1000] += q[:, :, :1000]  # large scores, whose terms agree in sign
+    chain = torch.zeros(4000)
+    for d in range(dim):
+        chain += q[0, 0, :, d] * k[0, 0, :, d]
+    q, k = q.double().view(4000, 1, 1, dim), k.double().view(4000, 1, 1, dim)
+    error = (chain.double() - (q * k).sum(dim=(1, 2, 3))).abs() / 2.0**-24
+    for rows in (slice(0, 1000), slice(1000, None)):
+        worst = float((error[rows] / dot_size(q, k).flatten()[rows]).max())
+        assert 0.3 < worst < 1.3
 
 
 def test_cases_cover_what_they_should_and_repeat() -> None:

@@ -298,7 +298,7 @@ def attention_backward(
     if grad_lse is not None:
         _require(grad_lse.shape == lse.shape, "grad_lse", grad_lse, f"of lse's shape {tuple(lse.shape)}")
         grad_lse = grad_lse.to(lse.dtype)
-    grad_bias = _new_grad_bias(bias, query, need_grad_bias)
+    grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
     _run(
         _native.AttentionBackward(
             *shared,
@@ -309,11 +309,13 @@ def attention_backward(
     return None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
 
 
-def _new_grad_bias(bias: Tensor | None, query: Tensor, wanted: bool) -> Tensor | None:
+def _new_grad_bias(bias: Tensor | None, query: Tensor, key: Tensor, wanted: bool) -> Tensor | None:
     """Contiguous, in bias's own shape and in the accumulation dtype."""
     if bias is None or not wanted:
         return None
-    return torch.empty(bias.shape, dtype=_accumulation_dtype(query.dtype))
+    # Without queries or keys the kernels have nothing to write, but a broadcast bias still has elements.
+    allocate = torch.empty if query.shape[:3].numel() * key.shape[2] else torch.zeros
+    return allocate(bias.shape, dtype=_accumulation_dtype(query.dtype))
 
 
 def attention_weights(
@@ -360,7 +362,7 @@ def attention_weights_backward(
     fits = tuple(grad_weights.shape) == shape and grad_weights.dtype == query.dtype
     _require(fits, "grad_weights", grad_weights, f"{query.dtype} {shape}")
     grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
-    grad_bias = _new_grad_bias(bias, query, need_grad_bias)
+    grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
     _run(
         _native.AttentionWeightsBackward(
             *(*shared, _weights_ref(grad_weights), average_heads, _ref(grad_query), _ref(grad_key), _ref(grad_lse)),

@@ -195,7 +195,7 @@ def random_case(seed: int, index: int, dtype: torch.dtype | None = None) -> Case
     case = _random_sizes(rng, seed, index)
     case = replace(case, dtype=rng.choice(_DTYPE_BAG), layout=rng.choice(LAYOUTS))
     if rng.random() < 0.2:
-        case = replace(case, scale=rng.choice((0.05, 0.3, 1.0, -0.2, 0.0)))
+        case = replace(case, scale=rng.choice((0.05, 0.3, 1.0, -0.2)))
     if index % 5 == 0:
         return case if dtype is None else replace(case, dtype=dtype)
     term_count = rng.choice((0, 1, 1, 1, 2, 2, 3))

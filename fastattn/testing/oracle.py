@@ -10,8 +10,8 @@ first-order majorant of the rounding of one straightforward evaluation of the fo
 * every intermediate is a sum of products, and a rounding at relative size ``u`` in it moves the result by at most
   ``u`` times the sum of the absolute values of the products: the formula is evaluated once more with those;
 * a score ``s`` enters through ``exp``, which turns its absolute error ``u * |s|`` into a relative one of the
-  probability: so every probability carries the weight
-  ``EXP_ULPS + DOT_SIGMAS * |scale| * sum_d |q_d| |k_d| + |bias|``;
+  probability: so every probability carries the weight ``EXP_ULPS + size of the score + |bias|``, where the size of a
+  score is that of `dot_size`;
 * storing the result in its dtype adds ``u_store * |value|``, or half the smallest subnormal.
 
 ``u`` is the unit roundoff of the arithmetic (float64 for float64, else float32: bfloat16 and float16 are storage
@@ -20,6 +20,7 @@ formats here, and a kernel that accumulates in them is faulty), ``u_store`` that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -30,9 +31,6 @@ from fastattn.testing.cases import LossCase, Problem, Term
 
 # A float32 exp2 by a short polynomial has a relative error of a few units (degree 5: 2.1e-7, which is 3.5 u).
 EXP_ULPS = 4.0
-# A dot product summed in one chain over random terms is off by 0.64 u sum |q_d| |k_d| in the root mean square (its
-# partial sums are a random walk), and the largest of thousands of scores by three to four times as much.
-DOT_SIGMAS = 2.0
 
 
 @dataclass
@@ -209,6 +207,17 @@ def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     return exponentials / total, lse.squeeze(-1)
 
 
+def dot_size(q: Tensor, k: Tensor) -> Tensor:
+    """How far, in units of u, a dot product summed in one chain may be off: (B, Hq, L, S).
+
+    The chain's partial sums are rounded one by one. For random terms they are a random walk, and the largest of some
+    thousand results is off by 2 u sum |q_d| |k_d|. Where the terms agree in sign, and these scores are the large ones
+    that decide a softmax, the partial sums grow to the score itself: u sqrt(sum_n (n / D score)^2) = u sqrt(D / 3) |score|.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)
+    return 2.0 * (q.abs() @ k.abs()) + math.sqrt(q.shape[-1] / 3) * (q @ k).abs()
+
+
 def _attention_noise(
     problem: Problem,
     expected: Expected,
@@ -226,11 +235,10 @@ def _attention_noise(
     k = problem.key.detach().cpu().double().abs().repeat_interleave(group, dim=1)
     v = problem.value.detach().cpu().double().abs().repeat_interleave(group, dim=1)
     scale = abs(case.effective_scale)
-    score_size = DOT_SIGMAS * scale * (q @ k.transpose(-1, -2))
+    weight = EXP_ULPS + scale * dot_size(*(t.detach().cpu().double() for t in (problem.query, problem.key)))
     if problem.bias is not None:
         bias = problem.bias.detach().cpu().double().abs()
-        score_size = score_size + bias.masked_fill(bias == float("inf"), 0.0)
-    weight = EXP_ULPS + score_size
+        weight = weight + bias.masked_fill(bias == float("inf"), 0.0)
     out_size = (dropped * weight) @ v
     noise = expected.noise
     noise["out"] = _store(values["out"], case.dtype) + u * out_size
@@ -303,7 +311,7 @@ def weights_oracle(
         u = unit_roundoff(arithmetic_dtype(case.dtype))
         q_size, k_size = q.abs(), k.abs().repeat_interleave(group, dim=1)
         scale = abs(case.effective_scale)
-        size = DOT_SIGMAS * scale * (q_size @ k_size.transpose(-1, -2)) + shift.abs()
+        size = scale * dot_size(q, k) + shift.abs()
         if bias is not None:
             size = size + bias.abs().masked_fill(bias.abs() == float("inf"), 0.0)
         size = EXP_ULPS + size
