@@ -71,30 +71,29 @@ def _run(launch: Any) -> None:
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
-def _require(condition: bool, name: str, tensor: Tensor, wanted: str) -> None:
+def _require(condition: bool, name: str, tensor: Tensor, wanted: str, *values: object) -> None:
     if not condition:
-        raise ValueError(
-            f"{name} must be {wanted}, got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on "
-            f"{tensor.device}"
-        )
+        # Formatted only here: these checks are on the way of every call.
+        seen = f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        raise ValueError(f"{name} must be {wanted.format(*values)}, got {seen}")
 
 
 def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """A tensor of the problem that the kernels read or write along a contiguous last dimension."""
     fits = (
-        tuple(tensor.shape) == shape
+        tensor.shape == shape
         and tensor.dtype == dtype
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or not tensor.numel())
     )
-    _require(fits, name, tensor, f"a CPU tensor of {dtype} {shape} with last stride 1")
+    _require(fits, name, tensor, "a CPU tensor of {} {} with last stride 1", dtype, shape)
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """On the CPU, of the dtype, and each dimension of the wanted size or 1."""
     return (
         tensor.dtype == dtype
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.dim() == len(shape)
         and all(size == 1 or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True))
     )
@@ -115,7 +114,7 @@ def _check_problem(query: Tensor, key: Tensor, value: Tensor | None, bias: Tenso
         _check_like("value", value, (B, Hkv, S, Dv), query.dtype)
     if bias is not None:
         fits = bias.dtype in _DTYPE_CODES and _fits(bias, (B, Hq, L, S), bias.dtype)
-        _require(fits, "bias", bias, f"a CPU float tensor broadcastable to {(B, Hq, L, S)}")
+        _require(fits, "bias", bias, "a CPU float tensor broadcastable to {}", (B, Hq, L, S))
     return B, Hq, Hkv, L, S, D, Dv
 
 
@@ -130,7 +129,7 @@ def _check_mask(mask: KernelMask, B: int, H: int, L: int, S: int) -> None:
     for name, tensor, shape, dtype in expected:
         if tensor is not None:
             fits = _fits(tensor, shape, dtype) and tensor.shape[1:] == shape[1:]
-            _require(fits, f"mask: {name}", tensor, f"a CPU tensor of {dtype} {shape}, batch size 1 allowed")
+            _require(fits, f"mask: {name}", tensor, "a CPU tensor of {} {}, batch size 1 allowed", dtype, shape)
     if (mask.query_segments is None) != (mask.key_segments is None):
         raise ValueError("mask: segments need the ids of the queries and of the keys")
     if mask.tile_map is not None:
@@ -161,7 +160,7 @@ def _check_tile_map(tile_map: TileMap, B: int, H: int, L: int, S: int) -> None:
             and tensor.shape[2:] == shape
             and tensor.is_contiguous()
         )
-        _require(fits, f"mask: {name} of the tile map", tensor, f"contiguous int64 of {(B, H, *shape)}")
+        _require(fits, f"mask: {name} of the tile map", tensor, "contiguous int64 of {}", (B, H, *shape))
 
 
 # The shared arguments -----------------------------------------------------------------------------------------------
@@ -222,12 +221,8 @@ def _shared(
     sizes = _check_problem(query, key, value, bias)
     B, Hq, _, L, S, _, _ = sizes
     lse_dtype = _accumulation_dtype(query.dtype)
-    _require(
-        tuple(lse.shape) == (B, Hq, L) and lse.dtype == lse_dtype and lse.is_contiguous() and lse.device.type == "cpu",
-        "lse",
-        lse,
-        f"contiguous {lse_dtype} {(B, Hq, L)} on the CPU",
-    )
+    fits = lse.shape == (B, Hq, L) and lse.dtype == lse_dtype and lse.is_contiguous() and lse.is_cpu
+    _require(fits, "lse", lse, "contiguous {} {} on the CPU", lse_dtype, (B, Hq, L))
     if dropout_p > 0 and dropout_seed is None:
         raise ValueError("dropout_seed must be given when dropout_p > 0")
     seed = int(dropout_seed.item()) % 2**64 if dropout_p > 0 and dropout_seed is not None else 0
@@ -296,7 +291,7 @@ def attention_backward(
     ):
         _check_like(name, tensor, shape, query.dtype)
     if grad_lse is not None:
-        _require(grad_lse.shape == lse.shape, "grad_lse", grad_lse, f"of lse's shape {tuple(lse.shape)}")
+        _require(grad_lse.shape == lse.shape, "grad_lse", grad_lse, "of lse's shape {}", tuple(lse.shape))
         grad_lse = grad_lse.to(lse.dtype)
     grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
     _run(
@@ -359,8 +354,8 @@ def attention_weights_backward(
     shared = _shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
     B, Hq, L, _ = query.shape
     shape = (B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2])
-    fits = tuple(grad_weights.shape) == shape and grad_weights.dtype == query.dtype
-    _require(fits, "grad_weights", grad_weights, f"{query.dtype} {shape}")
+    fits = grad_weights.shape == shape and grad_weights.dtype == query.dtype
+    _require(fits, "grad_weights", grad_weights, "{} {}", query.dtype, shape)
     grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
     grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
     _run(
@@ -384,7 +379,7 @@ def mask_tiles(
         raise ValueError(f"block_m must be positive and block_n a multiple of {WORD}, got {block_m} and {block_n}")
     for mask in masks:
         fits = _fits(mask, (B, H, len_q, len_k), torch.bool)
-        _require(fits, "mask", mask, f"a CPU bool tensor broadcastable to {(B, H, len_q, len_k)}")
+        _require(fits, "mask", mask, "a CPU bool tensor broadcastable to {}", (B, H, len_q, len_k))
     tiles_q, tiles_k = -(-len_q // block_m), -(-len_k // block_n)
     words_q, words_k = -(-tiles_q // WORD), -(-tiles_k // WORD)
     shapes = (
@@ -425,16 +420,16 @@ def _loss_launch(
 ) -> None:
     """Fills MaskedLossParams: with patches input is (B, C, H, W), without it has at most 4 dimensions, led by ones."""
     _require(input.dtype in _DTYPE_CODES and input.dim() <= 4, "input", input, "a float tensor of at most 4 dimensions")
-    _require(target.shape == input.shape and target.dtype == input.dtype, "target", target, f"{tuple(input.shape)}")
+    _require(target.shape == input.shape and target.dtype == input.dtype, "target", target, "{}", tuple(input.shape))
     if patch_size:
         B, _, height, width = input.shape
         grid = (B, height // patch_size, width // patch_size)
         fits = _fits(mask, grid, torch.bool) and height % patch_size == 0 and width % patch_size == 0
-        _require(fits and mask.shape[1:] == grid[1:], "mask", mask, f"a CPU bool patch grid {grid}")
+        _require(fits and mask.shape[1:] == grid[1:], "mask", mask, "a CPU bool patch grid {}", grid)
         mask_ref: _Ref | None = (mask.data_ptr(), (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:]), 0)
     else:
         fits = _fits(mask, tuple(input.shape), torch.bool)
-        _require(fits, "mask", mask, f"a CPU bool tensor broadcastable to {tuple(input.shape)}")
+        _require(fits, "mask", mask, "a CPU bool tensor broadcastable to {}", tuple(input.shape))
         mask_ref = _broadcast_ref(_four_dims(mask))
     refs = (None if x is None else _ref(_four_dims(x)) for x in (loss, grad_input, grad_loss))
     _run(
