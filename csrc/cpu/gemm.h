@@ -97,10 +97,21 @@ static void gemm_columns(int m, int k, const T* a, int64_t lda, const T* b, int6
   }
 }
 
+// Deep products are summed in parts of at most this depth: the block of B stays in L1, and the rounding error grows with the
+// square root of the depth.
+constexpr int kMaxDepth = 128;
+
 template <Layout kLayout, typename T>
 static void gemm(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
                  bool accumulate) {
   constexpr int W = kWidth<T>;
+  if (k > kMaxDepth) {
+    const int parts = (k + kMaxDepth - 1) / kMaxDepth, depth = (k + parts - 1) / parts;
+    for (int p = 0; p < k; p += depth)
+      gemm<kLayout>(m, n, p + depth < k ? depth : k - p, a + (kLayout == Layout::kRows ? p : p * lda), lda, b + p * ldb, ldb,
+                    c, ldc, accumulate || p > 0);
+    return;
+  }
   for (int vectors = (n + W - 1) / W; vectors > 0;) {
     const int block = next_block_vectors(vectors);
     switch (block) {
