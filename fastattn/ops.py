@@ -7,7 +7,7 @@ since a schema has no records.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -505,24 +505,27 @@ def _attention_weights_backward_flops(grad_weights: Any, query: Any, key: Any, *
     return _flops(query, key, key, rest[2 : 2 + _NUM_MASK], 3, 0)
 
 
-# Autocast: attention runs in the autocast dtype, with lse in its own; the losses run in float32, as torch's do.
+# Autocast: attention runs in the autocast dtype, with lse in its own; the losses run in float32, as torch's do. Inside
+# an operator nothing is cast again, nor in a backward that runs within the region.
 
 
-def _castable(x: Any, device_type: str) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type
+def _cast(name: str, arguments: tuple[Any, ...], device_type: str) -> list[Any]:
+    positions, dtype = _AUTOCAST[name]
+    cast = list(arguments)
+    for position in positions:
+        x = cast[position]
+        if x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type:
+            cast[position] = x.to(dtype or torch.get_autocast_dtype(device_type))
+    return cast
 
 
-def _autocast_kernel(name: str, key: str, device_type: str, positions: tuple[int, ...], to_float32: bool) -> Callable:
+def _autocast_kernel(name: str, key: str, device_type: str) -> Callable:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(*args: Any) -> Any:
-        dtype = torch.float32 if to_float32 else torch.get_autocast_dtype(device_type)
-        arguments = list(args)
-        for position in positions:
-            if _castable(arguments[position], device_type):
-                arguments[position] = arguments[position].to(dtype)
+    def kernel(*arguments: Any) -> Any:
+        cast = _cast(name, arguments, device_type)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return getattr(torch.ops.fastattn, name)(*arguments)
+            return getattr(torch.ops.fastattn, name)(*cast)
 
     return kernel
 
@@ -567,11 +570,15 @@ _AUTOGRAD: dict[str, tuple[Callable, Callable]] = {  # the backward and what it 
         )
     },
 }
-_AUTOCAST: dict[str, tuple[tuple[int, ...], bool]] = {  # the arguments that are cast; whether to float32
-    "attention": ((0, 1, 2, 3), False),
-    "attention_packed": ((0, 1), False),
-    "attention_weights": ((0, 1, 3), False),
-    "masked_loss": ((0, 1), True),
+_AUTOCAST: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {  # what is cast; the dtype unless autocast's own
+    "attention": ((0, 1, 2, 3), None),
+    "attention_packed": ((0, 1), None),
+    "attention_weights": ((0, 1, 3), None),
+    "masked_loss": ((0, 1), torch.float32),
+    "attention_backward": ((), None),
+    "attention_packed_backward": ((), None),
+    "attention_weights_backward": ((), None),
+    "masked_loss_backward": ((), None),
 }
 _FLOPS: dict[str, Callable] = {
     "attention": _attention_flops,
@@ -595,7 +602,7 @@ def _register() -> torch.library.Library:
             torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
         if name in _AUTOCAST:
             for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-                library.impl(name, _autocast_kernel(name, key, device_type, *_AUTOCAST[name]), key)
+                library.impl(name, _autocast_kernel(name, key, device_type), key)
         if name in _FLOPS:
             register_flop_formula(getattr(torch.ops.fastattn, name))(_FLOPS[name])
     return library
@@ -609,7 +616,10 @@ if not hasattr(torch.ops.fastattn, "attention"):
 # Calls ---------------------------------------------------------------------------------------------------------------
 # What the public functions call. The dispatcher, and above all the autograd that torch.library generates, cost more
 # than a small problem's kernel. Where nobody would see the difference, the kernel is called directly, or an
-# autograd.Function with the same formulas; everything that traces, counts, casts or intercepts gets the operator.
+# autograd.Function with the same formulas; everything that traces, counts or intercepts gets the operator.
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _is_watched() -> bool:
@@ -617,7 +627,6 @@ def _is_watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
     )
@@ -659,21 +668,24 @@ def _call(name: str, num_tensors: int) -> Callable:
 
     Function.__name__ = Function.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = f"fastattn_{name}"
 
-    def call(*arguments: Any) -> Any:
-        if forward_ad._current_level >= 0:
-            _refuse_forward_mode(name, arguments[:num_tensors])
-        if _is_watched():
-            return operator(*arguments)
-        needs_grad = False
-        for tensor in arguments[:num_tensors]:
-            if tensor is not None:
-                if tensor.is_meta or (type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter):
-                    return operator(*arguments)
-                needs_grad = needs_grad or tensor.requires_grad
-        needs_grad = needs_grad and torch.is_grad_enabled()
+    def run(arguments: Sequence[Any]) -> Any:
+        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:num_tensors])
         if torch._C._are_functorch_transforms_active():
             return Transformed.apply(*arguments) if needs_grad else operator(*arguments)
         return Function.apply(*arguments) if needs_grad else kernel(*arguments)
+
+    def call(*arguments: Any) -> Any:
+        tensors = arguments[:num_tensors]
+        if forward_ad._current_level >= 0:
+            _refuse_forward_mode(name, tensors)
+        if _is_watched() or not all(x is None or type(x) in _PLAIN for x in tensors) or tensors[0].is_meta:
+            return operator(*arguments)
+        if torch._C._is_any_autocast_enabled():
+            device_type = tensors[0].device.type
+            cast = _cast(name, arguments, device_type) if torch.is_autocast_enabled(device_type) else arguments
+            with torch.autocast(device_type, enabled=False):
+                return run(cast)
+        return run(arguments)
 
     return call
 

@@ -625,6 +625,34 @@ def test_autocast_runs_attention_in_its_dtype(backend):
     assert query.grad.dtype == bias.grad.dtype == torch.float32
 
 
+def test_backward_within_autocast_is_not_cast(backend):
+    sample = Sample(bias=(1, 4, 7, 11))
+    gradients = []
+    for within in (False, True):
+        query, key, value, bias = sample.attention(backend)[:4]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+            out = fastattn.attention(query, key, value, bias=bias)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            gradients.append(torch.autograd.grad(out, (query, key, value, bias), torch.ones_like(out)))
+    for outside, inside in zip(*gradients, strict=True):
+        assert_close(inside, outside, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_autocast_is_the_same_by_either_way(watched, backend):
+    sample = Sample(bias=(1, 4, 7, 11), mask=every_mask, dropout=0.3)
+    query, key, value, bias, *rest = sample.attention(backend)
+    function = FASTATTN.attention if watched else ops.attention
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = function(query, key, value, bias, *rest)
+    cast = [x.detach().bfloat16().requires_grad_() for x in (query, key, value, bias)]
+    expected, expected_lse = FASTATTN.attention(*cast, *rest)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    out.sum().backward()
+    expected.sum().backward()
+    assert all(torch.equal(x.grad, y.grad.float()) for x, y in zip((query, key, value, bias), cast, strict=True))
+
+
 def test_autocast_leaves_float64_alone(backend):
     sample = Sample(dtype=torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
