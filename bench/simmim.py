@@ -29,7 +29,7 @@ VARIANTS = (STOCK, OURS)
 MASK_PATCH = 32
 MASK_RATIO = 0.6
 COMPARED_STEPS = 20
-AGREEMENT = 1e-4  # largest relative difference of the losses over the compared steps
+AGREEMENT = 1e-5  # largest relative difference of the losses over the compared steps; float32 resolves 1.2e-7
 SETTLING_STEPS = 3  # not timed: first calls allocate and load
 AUTHORS_EPS = 1e-5  # what the authors add to the number of masked pixels
 
@@ -38,7 +38,7 @@ AUTHORS_EPS = 1e-5  # what the authors add to the number of masked pixels
 class Settings:
     """The model and its training. ``size``: side of the crops in pixels, a multiple of 32."""
 
-    steps: int = 120
+    steps: int = 100
     size: int = 192
     seed: int = 0
     batch_size: int = 4

@@ -54,16 +54,16 @@ def _all_peers(case: AttentionCase) -> frozenset[str]:
 
 
 def _quick_attention(device: str) -> list[Plan]:
-    def plan(mask: str, backward: bool, *extra: str, memory: frozenset[str] = frozenset(), plots: bool = False) -> Plan:
-        return Plan(_attention(BASE, mask, "float32", backward, device), _PLAIN | {*extra}, memory, plots)
+    def plan(mask: str, backward: bool, *peers: str, memory: frozenset[str] = frozenset(), plots: bool = False) -> Plan:
+        return Plan(_attention(BASE, mask, "float32", backward, device), frozenset(peers), memory, plots)
 
     plans = [
-        plan("dense", False, "flex", "compile"),
-        plan("dense", True, "sdpa-math", memory=_MEASURED, plots=True),
-        plan("padded", False, "flex"),
-        plan("padded", True),
-        plan("causal", False, "flex"),
-        *(plan(mask, True) for mask in MASK_KINDS if mask not in ("dense", "padded")),
+        plan("dense", False, "sdpa", "eager", "flex", "compile"),
+        plan("dense", True, "sdpa", "eager", memory=_MEASURED, plots=True),
+        plan("padded", False, "sdpa", "flex"),
+        plan("padded", True, "sdpa", "eager"),
+        plan("causal", False, "sdpa", "flex"),
+        *(plan(mask, True, "sdpa") for mask in MASK_KINDS if mask not in ("dense", "padded")),
     ]
     plans += [
         Plan(_attention((2, 8, 8, length, length, 64), "dense", "float32", True, device), _PLAIN, _MEASURED, plots=True)

@@ -168,16 +168,15 @@ def measure(
     """Times the contenders against each other.
 
     Args:
-        calls: name to a function that does one step.
+        calls: name to a function that does one step; it has been called before, so that nothing is compiled here.
         sentinel: the matrix product to hold the samples against.
         rounds: how many samples of each are wanted after dropping. While some are dropped, more rounds are run,
-            up to three times as many or until ``max_seconds`` have passed; never fewer than ``rounds`` in all.
+            up to six times as many or until ``max_seconds`` have passed; never fewer than ``rounds`` in all.
         on_round: called with the number of each finished round.
     """
     device = sentinel.device
     repeat: dict[str, int] = {}
     for name, call in calls.items():
-        call()
         once = seconds_of(call, 1, device)
         repeat[name] = max(1, min(1000, int(np.ceil(MIN_SAMPLE_SECONDS / max(once, 1e-7)))))
 
@@ -188,7 +187,7 @@ def measure(
     gc.collect()
     gc.disable()
     try:
-        for number in range(3 * rounds):
+        for number in range(6 * rounds):
             before = sentinel.rate()
             for name, call in calls.items():
                 taken = seconds_of(call, repeat[name], device)

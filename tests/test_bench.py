@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 PIL_Image = pytest.importorskip("PIL.Image", reason="the bench extra is not installed")
 
 from fastattn.bench import cli as bench_cli  # noqa: E402
-from fastattn.bench import images, memory, records, report, runner, simmim, suites, tables, timing  # noqa: E402
+from fastattn.bench import compare, images, memory, records, report, runner, simmim, suites, tables, timing  # noqa: E402
 from fastattn.bench import workloads as w  # noqa: E402
 from fastattn.bench.contenders import OURS, user_contender  # noqa: E402
 
@@ -107,8 +107,7 @@ def test_contenders_are_interleaved_and_disturbed_rounds_made_up_for(monkeypatch
     # One sentinel before each round and one after each sample: the first round is slow throughout.
     result = timing.measure(calls, FakeSentinel([10.0, 10.0, 10.0]), rounds=3)  # type: ignore[arg-type]
     assert result["A"].kept == (False, True, True, True)
-    assert "".join(order).startswith("AABB")  # warm-up and calibration of each
-    assert "".join(order[4:]) == "ABABABAB"
+    assert "".join(order) == "AB" + "ABABABAB"  # the first of each tells how often to repeat it
 
 
 # Workloads ------------------------------------------------------------------------------------------------------------
@@ -510,3 +509,41 @@ def test_bad_pictures_are_one_line_that_names_them(tmp_path: Path, capsys: pytes
 def test_a_contender_that_is_no_function_is_refused(module: str, capsys: pytest.CaptureFixture[str]):
     assert run_cli(["bench", "attention", "--contender", f"{module}:not_a_function"]) == 2
     assert re.search("--contender.*not_a_function.*int", capsys.readouterr().err)
+
+
+# Comparing runs -------------------------------------------------------------------------------------------------------
+
+
+def result(title: str, contender: str, median: float, ratio: float | None = None) -> records.Record:
+    summary = {"median_s": median, "p20_s": median, "p80_s": median, "noisy": False, "cold_l2_graph_s": None}
+    record = {"record": "result", "suite": "attention", "title": title, "contender": contender, "time": summary}
+    record |= {
+        "useful_flops": 1e9,
+        "memory": {"extra": 2e6},
+        "cpu": "a CPU",
+        "threads": 2,
+        "torch": "2",
+        "command": "c",
+    }
+    return record if ratio is None else record | {"ratio": {"median": ratio, "p20": ratio, "p80": ratio}}
+
+
+def test_a_lost_ratio_is_a_regression():
+    old = [result("a", OURS, 1.0), result("a", "sdpa", 2.0, 2.0), result("b", "sdpa", 2.0, 2.0)]
+    new = [result("a", OURS, 3.0), result("a", "sdpa", 4.5, 1.5), result("b", "sdpa", 9.0, 1.9)]
+    assert compare.regressions(old, new) == ["a, beside sdpa: 2.00 × then, 1.50 × now"]
+
+
+def test_the_measured_table_replaces_the_marked_part(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{compare.BEGIN}\nold\n{compare.END}\nbelow\n")
+    run = [result("a", OURS, 0.01), result("a", "sdpa", 0.02, 2.0)]
+    for _ in range(2):  # writing again changes nothing
+        compare.write_readme(readme, run)
+        text = readme.read_text()
+        assert "| a | 10 ms | 1 GFLOP/s | 2 MB | 2.00 × sdpa |" in text and "`c` on a CPU" in text
+        assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
+        assert text.count("2.00 × sdpa") == 1
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="README.md has no"):
+        compare.write_readme(readme, run)
