@@ -224,6 +224,25 @@ FASTATTN_INLINE VecBits<T> lanes_of(uint64_t word) {
   return ((static_cast<Lane>(word) - VecBits<T>{}) & bit) != 0;
 }
 
+// ---- 64-bit integers ----
+
+using VecWide = uint64_t __attribute__((vector_size(kVectorBytes)));
+
+// Product of the low 32 bits of each lane; the high bits are ignored.
+FASTATTN_INLINE VecWide multiply_low_words(VecWide a, VecWide b) {
+#if defined(__AVX512F__)
+  return bit_cast<VecWide>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<VecWide>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<VecWide>(_mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#elif defined(__ARM_NEON)
+  return bit_cast<VecWide>(vmull_u32(vmovn_u64(bit_cast<uint64x2_t>(a)), vmovn_u64(bit_cast<uint64x2_t>(b))));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
 // ---- 16-bit storage ----
 
 FASTATTN_INLINE VecHalves load_halves(const uint16_t* p) {

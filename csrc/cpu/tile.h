@@ -268,36 +268,40 @@ FASTATTN_INLINE int end_bit(uint64_t bits) { return 64 - __builtin_clzll(bits); 
 
 // ---- dropout of a tile ----
 
-// Bit j: probability (b, h, i, j0 + j) is kept; j0 is a multiple of 4. The 16 Philox blocks of the word run side by side.
-static uint64_t dropout_word(uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int64_t i, int64_t j0) {
-  constexpr int kBlocks = kTileN / 4;
-  // 64-bit lanes that hold 32-bit numbers: the widening product is one instruction.
-  uint64_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
-  for (int n = 0; n < kBlocks; ++n) {
-    c0[n] = static_cast<uint32_t>((j0 >> 2) + n);
-    c1[n] = static_cast<uint32_t>(i);
-    c2[n] = static_cast<uint32_t>(h);
-    c3[n] = static_cast<uint32_t>(b);
+// Bit j: probability (b, h, i, j0 + j) is kept; j0 is a multiple of 4. A lane runs one of the 16 Philox blocks of the word, in the
+// low half of 64 bits: the widening product is one instruction, and what is left in the high halves is ignored.
+static inline uint64_t dropout_word(uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int64_t i, int64_t j0) {
+  constexpr int kLanes = kVectorBytes / 8, kVectors = kTileN / 4 / kLanes;
+  const VecWide m0 = VecWide{} + kPhiloxM0, m1 = VecWide{} + kPhiloxM1, low = VecWide{} + 0xffffffffu;
+  VecWide c0[kVectors], c1[kVectors], c2[kVectors], c3[kVectors], bit;
+  for (int lane = 0; lane < kLanes; ++lane) bit[lane] = uint64_t{1} << (4 * lane);
+  for (int v = 0; v < kVectors; ++v) {
+    for (int lane = 0; lane < kLanes; ++lane) c0[v][lane] = static_cast<uint64_t>((j0 >> 2) + v * kLanes + lane);
+    c1[v] = VecWide{} + static_cast<uint64_t>(i);
+    c2[v] = VecWide{} + static_cast<uint64_t>(h);
+    c3[v] = VecWide{} + static_cast<uint64_t>(b);
   }
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  VecWide k0 = VecWide{} + (seed & 0xffffffffu), k1 = VecWide{} + (seed >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    for (int n = 0; n < kBlocks; ++n) {
-      const uint64_t p0 = uint64_t{kPhiloxM0} * static_cast<uint32_t>(c0[n]);
-      const uint64_t p1 = uint64_t{kPhiloxM1} * static_cast<uint32_t>(c2[n]);
-      c0[n] = (p1 >> 32) ^ c1[n] ^ k0;
-      c2[n] = (p0 >> 32) ^ c3[n] ^ k1;
-      c1[n] = static_cast<uint32_t>(p1);
-      c3[n] = static_cast<uint32_t>(p0);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const VecWide p0 = multiply_low_words(c0[v], m0), p1 = multiply_low_words(c2[v], m1);
+      c0[v] = (p1 >> 32) ^ c1[v] ^ k0;
+      c2[v] = (p0 >> 32) ^ c3[v] ^ k1;
+      c1[v] = p1;
+      c3[v] = p0;
     }
     k0 += kPhiloxW0;
     k1 += kPhiloxW1;
   }
-  uint64_t word = 0;
-  for (int n = 0; n < kBlocks; ++n) {
-    const uint64_t kept = uint64_t{c0[n] >= threshold} | uint64_t{c1[n] >= threshold} << 1 |
-                          uint64_t{c2[n] >= threshold} << 2 | uint64_t{c3[n] >= threshold} << 3;
-    word |= kept << (4 * n);
+  VecWide words{};
+  for (int v = 0; v < kVectors; ++v) {
+    auto kept = [&](VecWide c) { return bit_cast<VecWide>((c & low) >= threshold); };
+    const VecWide four = (kept(c0[v]) & bit) | (kept(c1[v]) & bit << 1) | (kept(c2[v]) & bit << 2) | (kept(c3[v]) & bit << 3);
+    words |= four << (4 * kLanes * v);
   }
+  uint64_t word = 0;
+  for (int lane = 0; lane < kLanes; ++lane) word |= words[lane];
   return word;
 }
 
