@@ -1,7 +1,8 @@
-"""Two runs beside each other, and the table of the README: ``python -m fastattn.bench.compare OLD NEW`` tells where NEW is
-slower, ``python -m fastattn.bench.compare --readme README.md RESULTS`` writes the measured table of RESULTS.
+"""Two runs beside each other, and the table of the README.
 
-Times of two runs are compared as their ratio to the sentinel of the moment, or to a peer, never in seconds.
+``python -m fastattn.bench.compare OLD NEW`` tells where NEW is slower; ``python -m fastattn.bench.compare --readme
+README.md RESULTS`` writes the measured table of RESULTS. Two runs are compared by their ratios to the peers of the same
+run, never in seconds.
 """
 
 from __future__ import annotations
@@ -40,12 +41,8 @@ def markdown(records: Sequence[Record]) -> str:
     """The table of a run: our time, speed and memory in each case, and the ratio to each peer."""
     first = records[0]
     machine = f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}"
-    lines = [
-        f"`{first['command']}` on {machine}:",
-        "",
-        "| case | time | useful | memory | beside |",
-        "|---|---|---|---|---|",
-    ]
+    lines = [f"`{first['command']}` on {machine}:", ""]
+    lines += ["| case | time | useful | memory | beside |", "|---|---|---|---|---|"]
     for ours in (r for r in records if r["record"] == "result" and r["contender"] == OURS and "time" in r):
         peers = [
             f"{r['ratio']['median']:.2f} × {r['contender']}"

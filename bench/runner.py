@@ -50,7 +50,7 @@ class Plan:
 
     case: Case
     peers: frozenset[str] | None = None  # None: every peer that does not compile
-    memory: frozenset[str] = frozenset()  # whose memory is measured
+    memory: frozenset[str] = frozenset()  # whose memory is measured; with any, also that of the user's functions
     plots: bool = False  # belongs to the curves over the sequence length
 
 
@@ -100,7 +100,8 @@ def run_case(
         max_seconds *= CONDITION_PATIENCE
     timings = measure(calls, sentinel, rounds, max_seconds) if calls else {}
     tell("memory")
-    measured = [e for e in entries if e.status == "ok" and e.contender.name in plan.memory]
+    wanted = plan.memory | {contender.name for contender in user if plan.memory}
+    measured = [e for e in entries if e.status == "ok" and e.contender.name in wanted]
     with ThreadPoolExecutor(2 if case.device == "cpu" else 1) as pool:  # fresh processes do not see each other's memory
         results = pool.map(lambda entry: _peak(case, entry), measured)
         peaks = {entry.contender.name: peak for entry, peak in zip(measured, results, strict=True)}
