@@ -120,7 +120,8 @@ static T* carve_shared(Arena& arena, const AttentionBackwardParams& p, const Pla
 template <typename T>
 struct TileTerms {
   T to_log2;                // c of the head of this file
-  const T* bias;            // [rows][kTileN] in units of log 2, or null
+  const T* bias;            // [rows][ld_bias], or null
+  int64_t ld_bias;
   const uint64_t* allowed;  // [rows], bit `first_bit` + j: key j may be attended to, or null
   const uint64_t* kept;     // the same: dropout keeps the probability, or null
   int first_bit;
@@ -132,6 +133,7 @@ template <typename T, bool kPlain>
 static void softmax_gradient(T* p, T* ds, int rows, int keys, const T* shift, const T* delta, const TileTerms<T>& terms) {
   constexpr int W = kWidth<T>;
   const Vec<T> to_log2 = broadcast(terms.to_log2), kept_scale = broadcast(terms.kept_scale);
+  const Vec<T> log2e = broadcast(static_cast<T>(kLog2E));
   for (int r = 0; r < rows; ++r) {
     const Vec<T> row_shift = broadcast(shift[r]), row_delta = broadcast(delta[r]);
     const uint64_t allowed = !kPlain && terms.allowed ? terms.allowed[r] >> terms.first_bit : ~uint64_t{0};
@@ -146,7 +148,7 @@ static void softmax_gradient(T* p, T* ds, int rows, int keys, const T* shift, co
         store(p_at, x);
         store(ds_at, x * (gradient - row_delta));
       } else {
-        if (terms.bias) x += load(terms.bias + r * kTileN + j);
+        if (terms.bias) x = fma(load(terms.bias + r * terms.ld_bias + j), log2e, x);
         const VecBits<T> lanes = lanes_of<T>(allowed >> j);
         x = lanes ? exp2(x) : zero<T>();
         Vec<T> dropped = x;
@@ -228,17 +230,20 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
   Rows<T> key{nullptr, 0};
   TileMask mask;
   uint64_t kept[kTileM];
-  TileTerms<T> terms{static_cast<T>(p.scale * kLog2E), nullptr, nullptr, nullptr, 0, static_cast<T>(1.0 / (1.0 - p.dropout.p))};
+  TileTerms<T> terms{static_cast<T>(p.scale * kLog2E), nullptr, 0, nullptr, nullptr, 0, static_cast<T>(1.0 / (1.0 - p.dropout.p))};
   for (int64_t g = 0; g < plan.query_heads; ++g) {
     const int64_t h = group.first_head + g;
     const bool clears = p.grad_bias && (b == 0 || p.grad_bias.stride[0]) && (h == 0 || p.grad_bias.stride[1]);
     const int64_t first = clears ? 0 : range.first / kTileM * kTileM, last = clears ? p.len_q : range.last;
     for (int64_t i0 = first; i0 < last; i0 += kTileM) {
       const int tile_rows_count = static_cast<int>(min64(kTileM, p.len_q - i0));
-      if (clears) clear_bias_gradient<T>(p.grad_bias, b, h, i0, tile_rows_count, j0, tile_keys);
-      if (i0 + kTileM <= range.first || i0 >= range.last) continue;
-      make_tile_mask(mask, p.mask, b, h, i0, tile_rows_count, j0, tile_keys);
-      if (mask.tile_class == TileClass::kEmpty) continue;
+      const bool in_range = i0 + kTileM > range.first && i0 < range.last;
+      if (in_range) make_tile_mask(mask, p.mask, b, h, i0, tile_rows_count, j0, tile_keys);
+      // A full tile overwrites its part of the bias gradient instead, unless others add to the same part.
+      const bool full = in_range && mask.tile_class == TileClass::kFull;
+      const bool overwrites = clears && full && p.grad_bias.stride[2] && p.grad_bias.stride[3];
+      if (clears && !overwrites) clear_bias_gradient<T>(p.grad_bias, b, h, i0, tile_rows_count, j0, tile_keys);
+      if (!in_range || mask.tile_class == TileClass::kEmpty) continue;
 
       if (!key.ptr) {
         const auto tile = [&](const TensorRef& x) {
@@ -253,8 +258,7 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       const int left = first_bit(mask.columns), right = end_bit(mask.columns), keys = right - left;
       int top = 0, bottom = tile_rows_count;
       uint64_t dead_rows = 0;
-      const bool partial = mask.tile_class == TileClass::kPartial;
-      if (partial) {
+      if (!full) {
         while (!mask.rows[top]) ++top;
         while (!mask.rows[bottom - 1]) --bottom;
         for (int r = top; r < bottom; ++r) dead_rows |= uint64_t{mask.rows[r] == 0} << (r - top);
@@ -268,10 +272,11 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
 
       const T *const shift = s.shift + g * p.len_q + i0 + top, *const delta = s.delta + g * p.len_q + i0 + top;
       terms.first_bit = left;
-      terms.allowed = partial ? mask.rows + top : nullptr;
+      terms.allowed = full ? nullptr : mask.rows + top;
       if (p.bias) {
-        load_bias_rows(s.bias, p.bias, b, h, i0 + top, rows, j0 + left, keys);
-        terms.bias = s.bias;
+        const Rows<T> bias = bias_rows(p.bias, b, h, i0 + top, rows, j0 + left, keys, s.bias);
+        terms.bias = bias.ptr;
+        terms.ld_bias = bias.ld;
       }
       if (p.dropout.p > 0) {
         make_dropout_tile(kept, p.dropout, b, h, i0 + top, rows, j0);
@@ -281,7 +286,10 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
         softmax_gradient<T, false>(s.p, s.ds, rows, keys, shift, delta, terms);
       else
         softmax_gradient<T, true>(s.p, s.ds, rows, keys, shift, delta, terms);
-      if (p.grad_bias) add_bias_gradient(p.grad_bias, b, h, i0 + top, rows, j0 + left, keys, s.ds);
+      if (overwrites)
+        store_bias_gradient(p.grad_bias, b, h, i0, rows, j0, keys, s.ds);
+      else if (p.grad_bias)
+        add_bias_gradient(p.grad_bias, b, h, i0 + top, rows, j0 + left, keys, s.ds);
 
       gemm<Layout::kTransposed, T>(keys, dim_v, rows, s.p, kTileN, grad_out.ptr, grad_out.ld, s.grad_value + left * s.ld_v, s.ld_v,
                                    true);

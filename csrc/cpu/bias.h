@@ -25,20 +25,23 @@ static void load_transposed(T* dst, int64_t ld, const TensorRef& x, int64_t b, i
                    : T(0);
 }
 
-// dst [rows][kTileN] = log2 e * bias of the tile.
+// The bias of a tile as rows of T: where it lies, or in scratch [rows][kTileN]. Read in whole vectors.
 template <typename T>
-static void load_bias_rows(T* dst, const TensorRef& bias, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
+static Rows<T> bias_rows(const TensorRef& bias, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys, T* scratch) {
   constexpr int W = kWidth<T>;
-  const Vec<T> log2e = broadcast(static_cast<T>(kLog2E));
+  const void* const tile = element(bias.ptr, bias.dtype, b * bias.stride[0] + h * bias.stride[1] + i0 * bias.stride[2] +
+                                                             j0 * bias.stride[3]);
+  const bool contiguous = bias.stride[3] == 1;
+  if (contiguous && bias.dtype == kComputeDType<T> && keys % W == 0) return {static_cast<const T*>(tile), bias.stride[2]};
+  T* dst = scratch;
   for (int r = 0; r < rows; ++r, dst += kTileN) {
-    const void* const row = element(bias.ptr, bias.dtype, b * bias.stride[0] + h * bias.stride[1] + (i0 + r) * bias.stride[2] +
-                                                              j0 * bias.stride[3]);
-    if (bias.stride[3] == 1)
+    const void* const row = element(tile, bias.dtype, r * bias.stride[2]);
+    if (contiguous)
       convert_row(dst, row, bias.dtype, keys, round_up(keys, W));
     else
       for (int j = 0; j < keys; ++j) dst[j] = static_cast<T>(load_scalar(element(row, bias.dtype, j * bias.stride[3]), bias.dtype));
-    for (int j = 0; j < keys; j += W) store(dst + j, load(dst + j) * log2e);
   }
+  return {scratch, kTileN};
 }
 
 // ---- gradient ----
@@ -55,6 +58,14 @@ static void clear_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int
   const int count = grad.stride[3] ? keys : 1;
   for (int r = 0; r < (grad.stride[2] ? rows : 1); ++r)
     std::memset(bias_gradient_at<T>(grad, b, h, i0 + r, j0), 0, count * sizeof(T));
+}
+
+// The same for a tile that writes all of its part: dS [rows][kTileN]. For a gradient that has rows and keys of its own.
+template <typename T>
+static void store_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys,
+                                const T* ds) {
+  for (int r = 0; r < rows; ++r)
+    std::memcpy(bias_gradient_at<T>(grad, b, h, i0 + r, j0), ds + r * kTileN, keys * sizeof(T));
 }
 
 // Adds dS [rows][kTileN]. What broadcasts over the rows or keys is summed within the tile first: fewer roundings in a row.
