@@ -198,7 +198,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, allowed: Tensor, scale: f
 def _softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and natural-log lse; a row of -inf gives probabilities 0 and lse -inf, and gradients 0."""
     if scores.shape[-1] == 0:
-        return scores, scores.new_full(scores.shape[:-1], float("-inf"))
+        return scores, scores.sum(dim=-1) + float("-inf")
     highest = scores.detach().amax(dim=-1, keepdim=True)
     empty = highest == float("-inf")
     exponentials = torch.exp(scores - highest.masked_fill(empty, 0.0))
@@ -212,7 +212,7 @@ def dot_size(q: Tensor, k: Tensor) -> Tensor:
 
     The chain's partial sums are rounded one by one. For random terms they are a random walk, and the largest of some
     thousand results is off by 2 u sum |q_d| |k_d|. Where the terms agree in sign, and these scores are the large ones
-    that decide a softmax, the partial sums grow to the score itself: u sqrt(sum_n (n / D score)^2) = u sqrt(D / 3) |score|.
+    that decide a softmax, the partial sums grow to the score: u sqrt(sum_n (n / D score)^2) = u sqrt(D / 3) |score|.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2)
     return 2.0 * (q.abs() @ k.abs()) + math.sqrt(q.shape[-1] / 3) * (q @ k).abs()
