@@ -63,10 +63,10 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        # Beside the sources, whichever command builds: pip's own folders are gone afterwards.
-        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
-        build.mkdir(parents=True, exist_ok=True)
         cmake, ninja = str(find_tool("cmake")), find_tool("ninja")
+        # Beside the sources, whichever command builds: pip's own folders are gone afterwards.
+        build = ROOT / "build" / f"native-{sys.implementation.cache_tag}{'' if ninja else '-make'}"
+        build.mkdir(parents=True, exist_ok=True)
         configure = [
             *(cmake, "-S", str(ROOT), "-B", str(build)),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
