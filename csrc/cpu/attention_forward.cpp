@@ -57,7 +57,7 @@ static Plan make_plan(const AttentionForwardParams& p) {
 template <typename T>
 struct Scratch {
   int64_t ld_k, ld_v;
-  T *query_t, *out, *row_max, *row_sum;  // per sub-tile
+  T *query, *out, *row_max, *row_sum;  // per sub-tile
   T *scores, *rescale;
   T *key, *value, *live_value, *bias, *staging;
 };
@@ -68,7 +68,7 @@ static Scratch<T> carve(Arena& arena, const AttentionForwardParams& p, const Pla
   Scratch<T> s;
   s.ld_k = round_up(static_cast<int>(p.dim_qk), W);
   s.ld_v = round_up(static_cast<int>(p.dim_v), W);
-  s.query_t = arena.take<T>(plan.sub_tiles * kTileM * s.ld_k);
+  s.query = arena.take<T>(plan.sub_tiles * kTileM * s.ld_k);
   s.out = arena.take<T>(plan.sub_tiles * kTileM * s.ld_v);
   s.row_max = arena.take<T>(plan.sub_tiles * kTileM);
   s.row_sum = arena.take<T>(plan.sub_tiles * kTileM);
@@ -169,30 +169,52 @@ static void rescale_rows(T* out, int64_t ld, int rows, const T* factor) {
   }
 }
 
-// ---- scores of few rows ----
+// ---- few rows ----
 
-// With so few rows the lanes of S^T would be mostly empty: take products along D instead.
+// With few rows (decoding) the lanes of S^T would be mostly empty. Then a key is a lane: S [rows, 64] by products along D.
 template <typename T>
-constexpr int kDotRows = kWidth<T> / 4;
+constexpr int kFewRows = kWidth<T> / 4;
 
-// scores[j][r] = sum_d key[j][d] query[r][d]; dim is a multiple of the vector width, scores has one vector a key.
+// scores[j] = sum_d key[j][d] query[d]; dim is a multiple of the vector width.
 template <typename T>
-static void dot_scores(T* scores, const T* key, int64_t ld_key, int keys, const T* query, int64_t ld_query, int rows, int64_t dim) {
+static void dot_scores(T* scores, const T* key, int64_t ld_key, int keys, const T* query, int64_t dim) {
   constexpr int W = kWidth<T>;
-  for (int j = 0; j < keys; ++j) {
-    Vec<T> s = zero<T>();
-    for (int r = 0; r < rows; ++r) {
-      Vec<T> even = zero<T>(), odd = zero<T>();
-      int64_t d = 0;
-      for (; d + 2 * W <= dim; d += 2 * W) {
-        even = fma(load(key + j * ld_key + d), load(query + r * ld_query + d), even);
-        odd = fma(load(key + j * ld_key + d + W), load(query + r * ld_query + d + W), odd);
-      }
-      if (d < dim) even = fma(load(key + j * ld_key + d), load(query + r * ld_query + d), even);
-      s[r] = sum(even + odd);
+  for (int j = 0; j < keys; ++j, key += ld_key) {
+    Vec<T> even = zero<T>(), odd = zero<T>();
+    int64_t d = 0;
+    for (; d + 2 * W <= dim; d += 2 * W) {
+      even = fma(load(key + d), load(query + d), even);
+      odd = fma(load(key + d + W), load(query + d + W), odd);
     }
-    store(scores + j * W, s);
+    if (d < dim) even = fma(load(key + d), load(query + d), even);
+    scores[j] = sum(even + odd);
   }
+}
+
+// softmax_lanes for one row: bit j of the words is key j; bias is in natural units or null. What lies past the keys, up to a
+// whole vector, may be anything: it is not allowed.
+template <typename T>
+static void softmax_row(T* scores, int keys, T* row_max, T* row_sum, T* rescale, T to_log2, const T* bias, uint64_t allowed,
+                        uint64_t kept) {
+  constexpr int W = kWidth<T>;
+  Vec<T> top = broadcast(-kInfinity<T>), total = zero<T>();
+  for (int j = 0; j < keys; j += W) {
+    Vec<T> x = load<T>(scores + j) * to_log2;
+    if (bias) x = fma(load(bias + j), broadcast(static_cast<T>(kLog2E)), x);
+    x = lanes_of<T>(allowed >> j) ? x : broadcast(-kInfinity<T>);
+    store(scores + j, x);
+    top = max(x, top);
+  }
+  const T old_max = *row_max, tile_max = horizontal_max(top), new_max = tile_max > old_max ? tile_max : old_max;
+  const T shift = softmax_shift(new_max);
+  for (int j = 0; j < keys; j += W) {
+    const Vec<T> x = exp2(load<T>(scores + j) - shift);
+    total += x;
+    store(scores + j, lanes_of<T>(kept >> j) ? x : zero<T>());
+  }
+  *row_max = new_max;
+  *rescale = exp2(broadcast(old_max - shift))[0];
+  *row_sum = *row_sum * *rescale + sum(total);
 }
 
 // ---- one work item ----
@@ -213,9 +235,69 @@ template <typename T>
 struct SubTile {
   int64_t i0;
   int rows, padded_rows;
+  bool few;      // rows <= kFewRows: query is Q, else Q^T
   bool started;  // O holds something
-  T *query_t, *out, *row_max, *row_sum;
+  T *query, *out, *row_max, *row_sum;
 };
+
+// A sub-tile against keys j0 + begin .. j0 + begin + keys - 1 of a tile that is not empty.
+template <typename T>
+struct TilePair {
+  int64_t b, h, j0;
+  int begin, keys;
+  Rows<T> key;  // the first of those keys
+  const TileMask* mask;
+  T to_log2;
+
+  bool partial() const { return mask->tile_class == TileClass::kPartial; }
+};
+
+// Both leave the probabilities in s.scores, and advance row_max, row_sum and s.rescale: first P^T [keys][padded_rows].
+template <typename T>
+static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, const SubTile<T>& sub, const TilePair<T>& pair) {
+  const int ld = sub.padded_rows;
+  gemm<Layout::kRows>(pair.keys, sub.rows, static_cast<int>(p.dim_qk), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
+                      false);
+  ScoreTerms<T> terms{pair.to_log2, nullptr, nullptr, nullptr};
+  uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];
+  if (p.bias) {
+    load_transposed(s.bias, ld, p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys,
+                    static_cast<T>(kLog2E), s.staging);
+    terms.bias = s.bias;
+  }
+  if (pair.partial()) {
+    transpose_bits(allowed, pair.mask->rows);
+    terms.allowed = allowed + pair.begin;
+  }
+  if (p.dropout.p > 0) {
+    make_dropout_tile(kept_rows, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.j0);
+    transpose_bits(kept, kept_rows);
+    terms.kept = kept + pair.begin;
+  }
+  if (terms.bias || terms.allowed || terms.kept)
+    softmax_tile<T, true>(s.scores, ld, pair.keys, ld, sub.row_max, sub.row_sum, s.rescale, terms);
+  else
+    softmax_tile<T, false>(s.scores, ld, pair.keys, ld, sub.row_max, sub.row_sum, s.rescale, terms);
+}
+
+// P [rows][kTileN].
+template <typename T>
+static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<T>& s, const SubTile<T>& sub,
+                                 const TilePair<T>& pair) {
+  const uint64_t all = bits_before(pair.keys, 0);
+  Rows<T> bias{nullptr, 0};
+  if (p.bias) bias = bias_rows(p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys, s.bias);
+  for (int r = 0; r < sub.rows; ++r) {
+    uint64_t allowed = all, kept = all;
+    if (pair.partial()) allowed &= pair.mask->rows[r] >> pair.begin;
+    if (p.dropout.p > 0)
+      kept = dropout_word(p.dropout.seed, dropout_threshold(p.dropout.p), pair.b, pair.h, sub.i0 + r, pair.j0) >> pair.begin;
+    T* const scores = s.scores + r * kTileN;
+    dot_scores(scores, pair.key.ptr, pair.key.ld, pair.keys, sub.query + r * s.ld_k, s.ld_k);
+    softmax_row(scores, pair.keys, sub.row_max + r, sub.row_sum + r, s.rescale + r, pair.to_log2,
+                bias.ptr ? bias.ptr + r * bias.ld : nullptr, allowed, kept);
+  }
+}
 
 template <typename T>
 static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, int64_t item) {
@@ -231,7 +313,6 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   T to_log2 = static_cast<T>(std::fabs(p.scale) * kLog2E);
   T sign = p.scale < 0 ? T(-1) : T(1);
   if (to_log2 < std::numeric_limits<T>::min()) to_log2 = T(1), sign = T(0);
-  ScoreTerms<T> terms{to_log2, nullptr, nullptr, nullptr};
 
   const KeyInterval range = key_range(p.mask, b, first_row, last_row, p.len_k);
   const int64_t first_key = range.first / kTileN * kTileN, first_keys = min64(kTileN, range.last - first_key);
@@ -245,8 +326,9 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
     sub.i0 = i0;
     sub.rows = static_cast<int>(min64(kTileM, last_row - i0));
     sub.padded_rows = round_up(sub.rows, W);
+    sub.few = sub.rows <= kFewRows<T>;
     sub.started = false;
-    sub.query_t = s.query_t + count * kTileM * s.ld_k;
+    sub.query = s.query + count * kTileM * s.ld_k;
     sub.out = s.out + count * kTileM * s.ld_v;
     sub.row_max = s.row_max + count * kTileM;
     sub.row_sum = s.row_sum + count * kTileM;
@@ -256,11 +338,11 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
     }
     const void* const query = element(p.query.ptr, p.query.dtype,
                                       b * p.query.stride[0] + h * p.query.stride[1] + i0 * p.query.stride[2]);
-    if (sub.rows <= kDotRows<T>) {
-      convert_rows(sub.query_t, s.ld_k, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk);
-      for (int64_t d = 0; d < sub.rows * s.ld_k; ++d) sub.query_t[d] *= sign;
+    if (sub.few) {
+      convert_rows(sub.query, s.ld_k, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk);
+      for (int64_t d = 0; d < sub.rows * s.ld_k; ++d) sub.query[d] *= sign;
     } else {
-      transpose_rows<T>(sub.query_t, sub.padded_rows, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk, sign,
+      transpose_rows<T>(sub.query, sub.padded_rows, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk, sign,
                         s.staging);
     }
   }
@@ -268,7 +350,6 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   const bool key_in_place = rows_in_place<T>(p.key.dtype, p.key.stride[2], dim_qk);
   const bool value_in_place = rows_in_place<T>(p.value.dtype, p.value.stride[2], dim_v);
   TileMask mask;
-  uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];
 
   for (int64_t j0 = first_key; j0 < range.last; j0 += kTileN) {
     const int tile_keys = static_cast<int>(min64(kTileN, p.len_k - j0));
@@ -294,33 +375,11 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       // Keys [begin, end) of the tile; those outside are dead for the whole sub-tile.
       const int begin = first_bit(mask.columns), end = end_bit(mask.columns), keys = end - begin;
 
-      if (sub.rows <= kDotRows<T>)
-        dot_scores(s.scores, key.ptr + begin * key.ld, key.ld, keys, sub.query_t, s.ld_k, sub.rows, s.ld_k);
+      const TilePair<T> pair{b, h, j0, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, to_log2};
+      if (sub.few)
+        probabilities_of_few(p, s, sub, pair);
       else
-        gemm<Layout::kRows, T>(keys, sub.rows, dim_qk, key.ptr + begin * key.ld, key.ld, sub.query_t, sub.padded_rows,
-                               s.scores, sub.padded_rows, false);
-
-      terms.bias = nullptr;
-      terms.allowed = nullptr;
-      terms.kept = nullptr;
-      if (p.bias) {
-        load_transposed(s.bias, sub.padded_rows, p.bias, b, h, sub.i0, sub.rows, j0 + begin, keys, static_cast<T>(kLog2E),
-                        s.staging);
-        terms.bias = s.bias;
-      }
-      if (mask.tile_class == TileClass::kPartial) {
-        transpose_bits(allowed, mask.rows);
-        terms.allowed = allowed + begin;
-      }
-      if (p.dropout.p > 0) {
-        make_dropout_tile(kept_rows, p.dropout, b, h, sub.i0, sub.rows, j0);
-        transpose_bits(kept, kept_rows);
-        terms.kept = kept + begin;
-      }
-      if (terms.bias || terms.allowed || terms.kept)
-        softmax_tile<T, true>(s.scores, sub.padded_rows, keys, sub.padded_rows, sub.row_max, sub.row_sum, s.rescale, terms);
-      else
-        softmax_tile<T, false>(s.scores, sub.padded_rows, keys, sub.padded_rows, sub.row_max, sub.row_sum, s.rescale, terms);
+        probabilities(p, s, sub, pair);
 
       const T* v = value.ptr + begin * value.ld;
       int64_t ld_v = value.ld;
@@ -332,7 +391,10 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       }
       if (next_keys <= 0) prefetch_rows<true>(p.out, b, h, sub.i0, sub.rows, dim_v);
       if (sub.started) rescale_rows(sub.out, s.ld_v, sub.rows, s.rescale);
-      gemm<Layout::kTransposed, T>(sub.rows, dim_v, keys, s.scores, sub.padded_rows, v, ld_v, sub.out, s.ld_v, sub.started);
+      if (sub.few)
+        gemm<Layout::kRows>(sub.rows, dim_v, keys, s.scores, kTileN, v, ld_v, sub.out, s.ld_v, sub.started);
+      else
+        gemm<Layout::kTransposed>(sub.rows, dim_v, keys, s.scores, sub.padded_rows, v, ld_v, sub.out, s.ld_v, sub.started);
       sub.started = true;
     }
   }

@@ -142,16 +142,31 @@ FASTATTN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) {
 #endif
 }
 
-// Sum of the lanes, in halves: a fixed order.
-template <typename V>
-FASTATTN_INLINE auto sum(V v) {
-  constexpr int kLanes = sizeof(V) / sizeof(v[0]);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half; half /= 2) {
-#pragma GCC unroll 8
-    for (int lane = 0; lane < half; ++lane) v[lane] += v[lane + half];
+// Sum of the lanes: the halves are added lane by lane, then the halves of that, down to one; a fixed order.
+template <typename T, int kLanes>
+FASTATTN_INLINE T sum_lanes(const T* lanes) {
+  if constexpr (kLanes == 1) {
+    return lanes[0];
+  } else {
+    typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, lanes, sizeof low);
+    std::memcpy(&high, lanes + kLanes / 2, sizeof high);
+    low += high;
+    T half[kLanes / 2];
+    std::memcpy(half, &low, sizeof low);
+    return sum_lanes<T, kLanes / 2>(half);
   }
-  return v[0];
+}
+FASTATTN_INLINE float sum(Vec<float> v) {
+  float lanes[kWidth<float>];
+  store(lanes, v);
+  return sum_lanes<float, kWidth<float>>(lanes);
+}
+FASTATTN_INLINE double sum(Vec<double> v) {
+  double lanes[kWidth<double>];
+  store(lanes, v);
+  return sum_lanes<double, kWidth<double>>(lanes);
 }
 // Largest lane; lanes are not NaN.
 template <typename V>
