@@ -57,7 +57,9 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def write_readme(readme: Path, records: Sequence[Record]) -> None:
-    """Replaces what stands between the two marks. A ValueError tells when they are not there."""
+    """Replaces what stands between the two marks. A ValueError tells when they, or records, are not there."""
+    if not records:
+        raise ValueError(f"no records to write into {readme}")
     text = readme.read_text()
     if BEGIN not in text or END not in text.split(BEGIN, 1)[1]:
         raise ValueError(f"{readme} has no {BEGIN} and {END}")

@@ -8,6 +8,7 @@ Source: "SimMIM: A Simple Framework for Masked Image Modeling", https://arxiv.or
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -38,16 +39,16 @@ AUTHORS_EPS = 1e-5  # what the authors add to the number of masked pixels
 class Settings:
     """The model and its training. ``size``: side of the crops in pixels, a multiple of 32."""
 
-    steps: int = 100
+    steps: int = 200
     size: int = 192
     seed: int = 0
     batch_size: int = 4
     patch: int = 8
-    embed_dim: int = 128
-    depth: int = 4
-    heads: int = 4
-    learning_rate: float = 1e-3
-    warmup_steps: int = 10
+    embed_dim: int = 96
+    depth: int = 3
+    heads: int = 3
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
 
 
 @dataclass
@@ -90,8 +91,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.05
         )
-        warmup = max(1, settings.warmup_steps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_share(settings, step))
 
     def step(self, images: Tensor, mask: Tensor) -> Tensor:
         """One training step; returns the loss before it."""
@@ -101,6 +101,14 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()
+
+
+def rate_share(settings: Settings, step: int) -> float:
+    """The learning rate of a step over the largest: a linear rise, then half a cosine down to 0."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def mask_of_step(settings: Settings, step: int) -> Tensor:
