@@ -357,7 +357,10 @@ def loss_oracle(case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps
     goal, goal_size = _loss_target(case, t, eps)
     elementwise = _elementwise_loss(case, x - goal)
     loss = _reduce_loss(case.reduction, torch.where(counted, elementwise, 0.0), counted)
-    expected = Expected({"loss": loss.detach()})
+    value = loss.detach()
+    # A sum beyond the range of float16 is infinite there.
+    value = torch.where(value > torch.finfo(case.dtype).max, float("inf"), value)
+    expected = Expected({"loss": value})
     gradients = torch.autograd.grad(loss, [x, t], upstream.double())
     expected.values["dinput"] = gradients[0]
     if not case.normalize_target:
@@ -376,6 +379,10 @@ def loss_oracle(case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps
         loss_size = torch.where(counted, 2 * u * elementwise, 0.0) + slope * off
         noise, values = expected.noise, expected.values
         noise["loss"] = _store(values["loss"], case.dtype) + _reduce_loss(case.reduction, loss_size, counted)
+        if case.reduction != "none":
+            # Sums are made in float64; a chain of n additions that grows to the value is off by u sqrt(n / 3) of it.
+            chain = unit_roundoff(torch.float64) * math.sqrt(counted.numel() / 3)
+            noise["loss"] = noise["loss"] + chain * values["loss"].abs()
         share = _reduce_loss_share(case, counted, upstream.double().abs())
         gradient_off = {"l2": 2 * off, "l1": 0 * off, "smooth_l1": off / case.beta}[case.kind]
         if case.kind == "l1":
@@ -415,7 +422,11 @@ def _normalise(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     variance = (rows - mean).square().sum(dim=-1, keepdim=True) / (rows.shape[-1] - 1)
     deviation = (variance + eps).sqrt()
     normalised = (rows - mean) / deviation
-    size = (rows.abs() + rows.abs().mean(dim=-1, keepdim=True)) / deviation + 4 * normalised.abs()
+    # The mean is rounded at the size of what is added up: the elements, or where they lie far from 0 their distances
+    # from one of them, which keeps the digits of a small spread.
+    spread = (rows - mean).abs()
+    added = rows.abs().mean(dim=-1, keepdim=True) + (spread.amax(dim=-1, keepdim=True) if rows.numel() else 0.0)
+    size = (rows.abs() + added) / deviation + 4 * normalised.abs()
     return normalised, size.detach()
 
 
