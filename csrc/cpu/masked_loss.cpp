@@ -13,6 +13,10 @@
 #include "bytes.h"
 #include "tile.h"
 
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
@@ -306,10 +310,44 @@ static void fill_zero(const TensorRef& tensor, int64_t offset, int64_t n) {
 
 // ---- lines ----
 
-// (target - mean) * factor
-struct Normalization {
-  double mean, factor;
-};
+// Sum over `rows` rows of n elements of x - high - low, or of its square.
+template <typename T>
+static double sum_deviations(const T* x, int64_t stride, int64_t rows, int64_t n, T high, T low, bool squares) {
+  constexpr int W = kWidth<T>;
+  constexpr int64_t kBlock = 16 * W;
+  double total = 0;
+  Vec<T> block_sum = zero<T>();
+  int64_t pending = 0;
+  for (int64_t r = 0; r < rows; ++r, x += stride) {
+    for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
+      const int64_t end = min64(n, k0 + kBlock);
+      for (int64_t k = k0; k < end; k += W) {
+        Vec<T> d = load_up_to(x + k, end - k) - high - low;
+        if (end - k < W) d = lanes_of<T>(bits_before(end, k)) ? d : zero<T>();
+        block_sum += squares ? d * d : d;
+      }
+      pending += end - k0;
+      if (pending < kBlock) continue;
+      total += sum(block_sum);
+      block_sum = zero<T>();
+      pending = 0;
+    }
+  }
+  return total + sum(block_sum);
+}
+
+// x = (x - mean) / sqrt(variance + eps) over `rows` rows of n elements. Deviations are taken from the first element, then from
+// the mean as the sum of two numbers: a spread that is small beside the mean keeps its digits.
+template <typename T>
+static void normalize(T* x, int64_t stride, int64_t rows, int64_t n, double eps) {
+  const double start = static_cast<double>(x[0]), count = static_cast<double>(rows * n);
+  const double mean = start + sum_deviations(x, stride, rows, n, x[0], T(0), false) / count;
+  const T high = static_cast<T>(mean), low = static_cast<T>(mean - static_cast<double>(high));
+  const double squares = sum_deviations(x, stride, rows, n, high, low, true);
+  const T factor = static_cast<T>(1.0 / std::sqrt(squares / (count - 1.0) + eps));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < n; ++k) x[r * stride + k] = (x[r * stride + k] - high - low) * factor;
+}
 
 // One line: where its first column lies in each tensor, and its row of mask cells.
 struct Line {
@@ -352,31 +390,34 @@ struct Worker {
   double eps;
   bool in_place;  // every tensor is of type T, with its elements side by side, and the loss is a sum
 
-  // This line and the next ones, `rows` in all, cut into the same runs. Returns the sum.
-  double add_runs(const Line& line, int64_t rows, const Run* runs, int num_runs, const Normalization* normalization) const {
+  // Column 0 of a line that is read and written where it lies; null for a tensor that is not there.
+  T* at(TensorIndex t, const Line& line) const {
+    return lines.tensor[t] ? static_cast<T*>(lines.tensor[t].ptr) + line.of[t] : nullptr;
+  }
+
+  // This line and the next ones, `rows` in all, cut into the same runs. `prepared`: their target, [rows][width], or null.
+  // Returns the sum.
+  double add_runs(const Line& line, int64_t rows, const Run* runs, int num_runs, const T* prepared) const {
     const TensorRef* const tensor = lines.tensor;
-    if (in_place && !normalization) {
-      T* const slopes = tensor[kGradInput] ? static_cast<T*>(tensor[kGradInput].ptr) + line.of[kGradInput] : nullptr;
-      return add_lines<kKind>(static_cast<const T*>(tensor[kInput].ptr) + line.of[kInput], tensor[kInput].stride[2],
-                              static_cast<const T*>(tensor[kTarget].ptr) + line.of[kTarget], tensor[kTarget].stride[2],
-                              slopes, tensor[kGradInput].stride[2], rows, runs, num_runs, constants);
-    }
+    if (in_place)
+      return add_lines<kKind>(at(kInput, line), tensor[kInput].stride[2], prepared ? prepared : at(kTarget, line),
+                              prepared ? lines.width : tensor[kTarget].stride[2], at(kGradInput, line),
+                              tensor[kGradInput].stride[2], rows, runs, num_runs, constants);
     double total = 0;
     for (int64_t row = 0; row < rows; ++row) {
       for (const Run* run = runs; run < runs + num_runs; ++run) {
-        if (run->counted) total += add_through_buffers(line, row, run->begin, run->end - run->begin, nullptr, normalization);
-        else skip_run(line, row, run->begin, run->end - run->begin);
+        const int64_t c = run->begin, n = run->end - c;
+        if (!run->counted) skip_run(line, row, c, n);
+        else total += add_through_buffers(line, row, c, n, nullptr, prepared ? prepared + row * lines.width + c : nullptr);
       }
     }
     return total;
   }
-  double add_run(const Line& line, int64_t rows, Run run, const Normalization* normalization) const {
-    return add_runs(line, rows, &run, 1, normalization);
-  }
 
-  // n elements of the line `row` lines on: all of them, or with `words` (n <= kChunk) those whose bit is set.
+  // n elements of the line `row` lines on: all of them, or with `words` (n <= kChunk) those whose bit is set. `prepared`: their
+  // target, or null.
   double add_through_buffers(const Line& line, int64_t row, int64_t c, int64_t n, const uint64_t* words,
-                             const Normalization* normalization) const {
+                             const T* prepared) const {
     const TensorRef* const tensor = lines.tensor;
     alignas(64) T input_buffer[kChunk], target_buffer[kChunk], values[kChunk], slopes[kChunk];
     double total = 0;
@@ -384,12 +425,8 @@ struct Worker {
       const int count = static_cast<int>(min64(end - c, kChunk));
       const auto offset = [&](int t) { return line.of[t] + row * tensor[t].stride[2] + c * tensor[t].stride[3]; };
       const T* const input = read(tensor[kInput], offset(kInput), count, input_buffer);
-      const T* target = read(tensor[kTarget], offset(kTarget), count, target_buffer);
-      if (normalization) {
-        for (int k = 0; k < count; ++k)
-          target_buffer[k] = static_cast<T>((target[k] - normalization->mean) * normalization->factor);
-        target = target_buffer;
-      }
+      const T* const target = prepared ? prepared : read(tensor[kTarget], offset(kTarget), count, target_buffer);
+      if (prepared) prepared += count;
       total += add_chunk<kKind>(input, target, words, count, constants, tensor[kLoss] ? values : nullptr,
                                 tensor[kGradInput] ? slopes : nullptr);
       if (tensor[kLoss]) write(tensor[kLoss], offset(kLoss), values, count);
@@ -421,82 +458,72 @@ struct Worker {
         any |= words[w];
         missing |= words[w] ^ bits_before(count, w * 64);
       }
-      if (!any || !missing) total += add_run(line, 1, {c, c + count, any != 0}, nullptr);
+      const Run run{c, c + count, any != 0};
+      if (!any || !missing) total += add_runs(line, 1, &run, 1, nullptr);
       else total += add_through_buffers(line, 0, c, count, words, nullptr);
     }
     return total;
   }
 
-  // Columns [c, end) of `rows` lines under one row of cells, c in `cell`: one run for neighbours that agree.
+  // Up to kRuns runs of columns from c on under a row of cells, neighbours that agree in one; moves c, which is in `cell`.
+  int find_runs(const Line& line, int64_t& c, int64_t end, int64_t& cell, Run runs[kRuns]) const {
+    int num_runs = 0;
+    for (int64_t stop = (cell + 1) * lines.cell_width; c < end && num_runs < kRuns; stop += lines.cell_width) {
+      const bool counted = line.mask[cell * lines.cell_stride];
+      for (; stop < end && static_cast<bool>(line.mask[(cell + 1) * lines.cell_stride]) == counted; ++cell)
+        stop += lines.cell_width;
+      runs[num_runs++] = {c, min64(stop, end), counted};
+      c = min64(stop, end);
+      ++cell;
+    }
+    return num_runs;
+  }
+
+  // Columns [c, end) of `rows` lines under one row of cells, c in `cell`.
   double add_cells(const Line& line, int64_t rows, int64_t c, int64_t end, int64_t cell) const {
     Run runs[kRuns];
     double total = 0;
-    int64_t stop = (cell + 1) * lines.cell_width;
     while (c < end) {
-      int num_runs = 0;
-      for (; c < end && num_runs < kRuns; ++num_runs, ++cell, stop += lines.cell_width) {
-        const bool counted = line.mask[cell * lines.cell_stride];
-        for (; stop < end && static_cast<bool>(line.mask[(cell + 1) * lines.cell_stride]) == counted; ++cell)
-          stop += lines.cell_width;
-        runs[num_runs] = {c, min64(stop, end), counted};
-        c = stop;
-      }
+      const int num_runs = find_runs(line, c, end, cell, runs);
       total += add_runs(line, rows, runs, num_runs, nullptr);
     }
     return total;
   }
 
-  // Mean and factor over `channels` x `rows` pieces of n elements each.
-  Normalization normalization(const Line& first, int64_t c, int64_t channels, int64_t rows, int64_t n) const {
+  // `rows` lines of each channel under one row of cells; each cell, over all its lines, is normalised by itself: a row of
+  // patches, or a token. The target is copied to `scratch`, [channels][rows][width], in memory order.
+  double add_normalized(int64_t first_line, int64_t channels, int64_t rows, T* scratch) const {
     const TensorRef& target = lines.tensor[kTarget];
-    alignas(64) T buffer[kChunk];
-    const int64_t elements = channels * rows * n;
-    double mean = 0, squares = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-      double total = 0;
-      for (int64_t piece = 0; piece < channels * rows; ++piece) {
-        const int64_t at = first.of[kTarget] + piece / rows * target.stride[1] + piece % rows * target.stride[2];
-        for (int64_t k0 = 0; k0 < n; k0 += kChunk) {
-          const int count = static_cast<int>(min64(n - k0, kChunk));
-          const T* const x = read(target, at + (c + k0) * target.stride[3], count, buffer);
-          double part = 0;
-          if (pass == 1) {
-#pragma omp simd reduction(+ : part)
-            for (int k = 0; k < count; ++k) part += (x[k] - mean) * (x[k] - mean);
-          } else {
-#pragma omp simd reduction(+ : part)
-            for (int k = 0; k < count; ++k) part += x[k];
-          }
-          total += part;
-        }
-      }
-      if (pass == 1) squares = total;
-      else mean = total / elements;
-    }
-    return {mean, 1 / std::sqrt(squares / (elements - 1) + eps)};
-  }
-
-  // Row `y` of the patches of picture b.
-  double add_normalized_patches(int64_t b, int64_t y) const {
-    const int64_t p = lines.cell_width, channels = lines.outer[1];
+    const Line first = line_at(lines, first_line);
+    Run runs[kRuns];
     double total = 0;
-    for (int64_t x = 0; x * p < lines.width; ++x) {
-      const Line first = line_at(lines, b * channels * lines.outer[2] + y * p);
-      const bool counted = first.mask[x * lines.cell_stride];
-      Normalization norm{};
-      if (counted) norm = normalization(first, x * p, channels, p, p);
-      for (int64_t channel = 0; channel < channels; ++channel) {
-        const Line line = line_at(lines, (b * channels + channel) * lines.outer[2] + y * p);
-        total += add_run(line, p, {x * p, (x + 1) * p, counted}, &norm);
+    for (int64_t c = 0, cell = 0; c < lines.width;) {
+      const int num_runs = find_runs(first, c, lines.width, cell, runs);
+      for (int64_t line = 0; line < channels * rows; ++line) {
+        const int64_t start = first.of[kTarget] + line / rows * target.stride[1] + line % rows * target.stride[2];
+        for (const Run* run = runs; run < runs + num_runs; ++run)
+          for (int64_t k = run->begin; run->counted && k < run->end; k += kChunk) {
+            const int count = static_cast<int>(min64(run->end - k, kChunk));
+            T* const to = scratch + line * lines.width + k;
+            const T* const from = read(target, start + k * target.stride[3], count, to);
+            if (from != to) std::memcpy(to, from, count * sizeof(T));
+          }
       }
+      for (const Run* run = runs; run < runs + num_runs; ++run)
+        for (int64_t k = run->begin; run->counted && k < run->end; k += lines.cell_width)
+          normalize(scratch + k, lines.width, channels * rows, lines.cell_width, eps);
+      for (int64_t channel = 0; channel < channels; ++channel)
+        total += add_runs(line_at(lines, first_line + channel * lines.outer[2]), rows, runs, num_runs,
+                          scratch + channel * rows * lines.width);
     }
     return total;
   }
 
-  double add_unit(int64_t unit, bool normalize) const {
+  double add_unit(int64_t unit, bool normalize, T* scratch) const {
     if (lines.columns_per_unit == 0) {
-      const int64_t grid_rows = lines.outer[2] / lines.rows_per_cell;
-      return add_normalized_patches(unit / grid_rows, unit % grid_rows);
+      const int64_t grid_rows = lines.outer[2] / lines.rows_per_cell, b = unit / grid_rows, y = unit % grid_rows;
+      return add_normalized(b * lines.outer[1] * lines.outer[2] + y * lines.rows_per_cell, lines.outer[1],
+                            lines.rows_per_cell, scratch);
     }
     const int64_t blocks = ceil_div(lines.width, lines.columns_per_unit);
     const int64_t c = unit % blocks * lines.columns_per_unit, end = min64(c + lines.columns_per_unit, lines.width);
@@ -508,10 +535,7 @@ struct Worker {
       if (n > 0) advance(lines, line, rows);
       rows = min64(count - n, lines.rows_per_cell - line.last_index % lines.rows_per_cell);
       if (normalize) {
-        const bool counted = *line.mask;
-        Normalization norm{};
-        if (counted) norm = normalization(line, 0, 1, 1, lines.width);
-        total += add_run(line, 1, {c, end, counted}, &norm);
+        total += add_normalized(line.index, 1, 1, scratch);
       } else if (lines.cell_width == 1) {
         total += add_elements(line, c, end);
       } else {
@@ -522,15 +546,32 @@ struct Worker {
   }
 };
 
+// Elements of target that a thread holds normalised: a row of patches, or a token.
+static int64_t scratch_size(const MaskedLossParams& p) {
+  if (!p.normalize_target) return 0;
+  return p.patch_size > 0 ? p.size[1] * p.patch_size * p.size[3] : p.size[3];
+}
+
 template <LossKind kKind, typename T>
 static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   const T beta = static_cast<T>(p.beta);
   bool in_place = !lines.tensor[kLoss] && !lines.tensor[kGradLoss];
   for (const TensorRef& t : lines.tensor) in_place = in_place && (!t || (t.dtype == kComputeDType<T> && t.stride[3] == 1));
   const Worker<kKind, T> worker{lines, {beta, 1 / beta, static_cast<T>(scale)}, p.normalize_eps, in_place};
-  double* const slots = static_cast<double*>(align_pointer(p.workspace));
-#pragma omp parallel for num_threads(p.num_threads) schedule(dynamic)
-  for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target);
+  Arena shared(align_pointer(p.workspace));
+  double* const slots = shared.take<double>(lines.units);
+  const int64_t scratch_elements = scratch_size(p);
+#pragma omp parallel num_threads(p.num_threads)
+  {
+#if defined(_OPENMP)
+    Arena own(shared.base + shared.used + omp_get_thread_num() * align_up(scratch_elements * static_cast<int64_t>(sizeof(T))));
+#else
+    Arena own(shared.base + shared.used);
+#endif
+    T* const scratch = own.take<T>(scratch_elements);
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target, scratch);
+  }
   double total = 0;
   for (int64_t unit = 0; unit < lines.units; ++unit) total += slots[unit];
   return total;
@@ -556,7 +597,10 @@ static double reduction_scale(const MaskedLossParams& p, const Lines& lines) {
 }  // namespace
 
 int64_t masked_loss_workspace(const MaskedLossParams& p) {
-  return any_empty(p) ? 0 : align_up(make_lines(p).units * static_cast<int64_t>(sizeof(double))) + kAlignment;
+  if (any_empty(p)) return 0;
+  const int64_t element = p.input.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  return kAlignment + align_up(make_lines(p).units * static_cast<int64_t>(sizeof(double))) +
+         p.num_threads * align_up(scratch_size(p) * element);
 }
 
 void masked_loss(const MaskedLossParams& p) {
