@@ -3,7 +3,7 @@
 // A work item is one (batch, head) and up to kMaxSubTiles x 48 query rows. It walks the key tiles (64 keys) that its rows can
 // reach; each is brought in once and used by every 48-row sub-tile of the item, unless the mask says that the pair is empty:
 //     S^T [64, 48]  = K [64, D] Q^T [D, 48]        Q^T is transposed once per item; K is read as it lies
-//     P^T [64, 48]  = 2^(c S^T - m), in place      c = scale log2 e; m, l: running maximum and sum, one lane a query
+//     P^T [64, 48]  = 2^(c (S^T - m)), in place    c = scale log2 e; m, l: running maximum and sum, one lane a query
 //     O   [48, Dv] += P [48, 64] V [64, Dv]        broadcasts walk P^T forwards; V is read as it lies
 // Scores are kept transposed because then a query is a vector lane: row maximum and sum are plain vector operations, with
 // no horizontal reduction, and K, like V, needs no packing. Both tiles are copied to scratch only to change their type, to
@@ -87,8 +87,9 @@ static Scratch<T> carve(Arena& arena, const AttentionForwardParams& p, const Pla
 // What has to be done to the scores of a tile before the exponential.
 template <typename T>
 struct ScoreTerms {
-  T to_log2;                // c of the head of this file
-  const T* bias;            // [keys][ld] in units of log 2, or null
+  T scale;                  // applied with the bias
+  T to_log2;                // c of the head of this file, or log2 e where the scale has been applied
+  const T* bias;            // [keys][ld], or null
   const uint64_t* allowed;  // [keys], bit r: row r may attend, or null
   const uint64_t* kept;     // [keys], bit r: dropout keeps the probability, or null
 };
@@ -99,8 +100,8 @@ template <typename T, int kVectors, bool kReplace>
 FASTATTN_NOINLINE void softmax_lanes(T* scores, int64_t ld, int keys, int lane, T* row_max, T* row_sum, T* rescale,
                           const ScoreTerms<T>& terms) {
   constexpr int W = kWidth<T>;
-  const Vec<T> minus_inf = broadcast(-kInfinity<T>);
-  Vec<T> to_log2 = broadcast(terms.to_log2), top[kVectors], old_max[kVectors], shift[kVectors], total[kVectors];
+  const Vec<T> minus_inf = broadcast(-kInfinity<T>), to_log2 = broadcast(terms.to_log2);
+  Vec<T> top[kVectors], old_max[kVectors], shift[kVectors], total[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) top[v] = minus_inf;
   scores += lane;
@@ -110,19 +111,17 @@ FASTATTN_NOINLINE void softmax_lanes(T* scores, int64_t ld, int keys, int lane, 
       T* const at = scores + j * ld + v * W;
       Vec<T> x = load<T>(at);
       if constexpr (kReplace) {
-        if (terms.bias) x = fma(x, to_log2, load<T>(terms.bias + j * ld + lane + v * W));
+        if (terms.bias) x = fma(x, broadcast(terms.scale), load<T>(terms.bias + j * ld + lane + v * W));
         if (terms.allowed) x = lanes_of<T>(terms.allowed[j] >> (lane + v * W)) ? x : minus_inf;
         store(at, x);
       }
       top[v] = max(x, top[v]);
     }
   }
-  if (kReplace && terms.bias) to_log2 = broadcast(T(1));  // the bias is in log 2 units, and so is the sum
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    // The maximum is kept in units of log 2, rounded once: every factor uses this very number, so its rounding cancels.
     old_max[v] = load<T>(row_max + lane + v * W);
-    const Vec<T> new_max = max(top[v] * to_log2, old_max[v]);
+    const Vec<T> new_max = max(top[v], old_max[v]);
     store(row_max + lane + v * W, new_max);
     shift[v] = new_max == minus_inf ? zero<T>() : new_max;
     total[v] = zero<T>();
@@ -131,7 +130,7 @@ FASTATTN_NOINLINE void softmax_lanes(T* scores, int64_t ld, int keys, int lane, 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       T* const at = scores + j * ld + v * W;
-      Vec<T> x = exp2(fma(load<T>(at), to_log2, -shift[v]));
+      Vec<T> x = exp2((load<T>(at) - shift[v]) * to_log2);
       total[v] += x;
       if constexpr (kReplace) {
         if (terms.kept) x = lanes_of<T>(terms.kept[j] >> (lane + v * W)) ? x : zero<T>();
@@ -141,7 +140,7 @@ FASTATTN_NOINLINE void softmax_lanes(T* scores, int64_t ld, int keys, int lane, 
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    const Vec<T> factor = exp2(old_max[v] - shift[v]);
+    const Vec<T> factor = exp2((old_max[v] - shift[v]) * to_log2);
     store(rescale + lane + v * W, factor);
     T* const sum = row_sum + lane + v * W;
     store(sum, fma(load<T>(sum), factor, total[v]));
@@ -191,16 +190,16 @@ static void dot_scores(T* scores, const T* key, int64_t ld_key, int keys, const 
   }
 }
 
-// softmax_lanes for one row: bit j of the words is key j; bias is in natural units or null. What lies past the keys, up to a
+// softmax_lanes for one row: bit j of the words is key j; bias may be null. What lies past the keys, up to a
 // whole vector, may be anything: it is not allowed.
 template <typename T>
-static void softmax_row(T* scores, int keys, T* row_max, T* row_sum, T* rescale, T to_log2, const T* bias, uint64_t allowed,
-                        uint64_t kept) {
+static void softmax_row(T* scores, int keys, T* row_max, T* row_sum, T* rescale, T scale, T to_log2, const T* bias,
+                        uint64_t allowed, uint64_t kept) {
   constexpr int W = kWidth<T>;
   Vec<T> top = broadcast(-kInfinity<T>), total = zero<T>();
   for (int j = 0; j < keys; j += W) {
-    Vec<T> x = load<T>(scores + j) * to_log2;
-    if (bias) x = fma(load(bias + j), broadcast(static_cast<T>(kLog2E)), x);
+    Vec<T> x = load<T>(scores + j);
+    if (bias) x = fma(x, broadcast(scale), load(bias + j));
     x = lanes_of<T>(allowed >> j) ? x : broadcast(-kInfinity<T>);
     store(scores + j, x);
     top = max(x, top);
@@ -208,12 +207,12 @@ static void softmax_row(T* scores, int keys, T* row_max, T* row_sum, T* rescale,
   const T old_max = *row_max, tile_max = horizontal_max(top), new_max = tile_max > old_max ? tile_max : old_max;
   const T shift = softmax_shift(new_max);
   for (int j = 0; j < keys; j += W) {
-    const Vec<T> x = exp2(load<T>(scores + j) - shift);
+    const Vec<T> x = exp2((load<T>(scores + j) - shift) * to_log2);
     total += x;
     store(scores + j, lanes_of<T>(kept >> j) ? x : zero<T>());
   }
   *row_max = new_max;
-  *rescale = exp2(broadcast(old_max - shift))[0];
+  *rescale = exp2(broadcast((old_max - shift) * to_log2))[0];
   *row_sum = *row_sum * *rescale + sum(total);
 }
 
@@ -247,7 +246,7 @@ struct TilePair {
   int begin, keys;
   Rows<T> key;  // the first of those keys
   const TileMask* mask;
-  T to_log2;
+  T scale, to_log2;  // of ScoreTerms
 
   bool partial() const { return mask->tile_class == TileClass::kPartial; }
 };
@@ -258,11 +257,11 @@ static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, 
   const int ld = sub.padded_rows;
   gemm<Layout::kRows>(pair.keys, sub.rows, static_cast<int>(p.dim_qk), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
                       false);
-  ScoreTerms<T> terms{pair.to_log2, nullptr, nullptr, nullptr};
+  ScoreTerms<T> terms{pair.scale, pair.to_log2, nullptr, nullptr, nullptr};
   uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];
   if (p.bias) {
     load_transposed(s.bias, ld, p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys,
-                    static_cast<T>(kLog2E), s.staging);
+                    T(1), s.staging);
     terms.bias = s.bias;
   }
   if (pair.partial()) {
@@ -294,8 +293,8 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
       kept = dropout_word(p.dropout.seed, dropout_threshold(p.dropout.p), pair.b, pair.h, sub.i0 + r, pair.j0) >> pair.begin;
     T* const scores = s.scores + r * kTileN;
     dot_scores(scores, pair.key.ptr, pair.key.ld, pair.keys, sub.query + r * s.ld_k, s.ld_k);
-    softmax_row(scores, pair.keys, sub.row_max + r, sub.row_sum + r, s.rescale + r, pair.to_log2,
-                bias.ptr ? bias.ptr + r * bias.ld : nullptr, allowed, kept);
+    softmax_row(scores, pair.keys, sub.row_max + r, sub.row_sum + r, s.rescale + r, pair.scale,
+                pair.to_log2, bias.ptr ? bias.ptr + r * bias.ld : nullptr, allowed, kept);
   }
 }
 
@@ -310,9 +309,10 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
 
   // A negative scale is put into Q: the largest score must stay the largest after the product with c. So is a zero scale, or
   // one that T cannot hold: masked scores are -inf, and 0 * -inf is NaN.
-  T to_log2 = static_cast<T>(std::fabs(p.scale) * kLog2E);
+  T scale = static_cast<T>(std::fabs(p.scale)), to_log2 = static_cast<T>(std::fabs(p.scale) * kLog2E);
   T sign = p.scale < 0 ? T(-1) : T(1);
-  if (to_log2 < std::numeric_limits<T>::min()) to_log2 = T(1), sign = T(0);
+  if (to_log2 < std::numeric_limits<T>::min()) scale = to_log2 = T(1), sign = T(0);
+  if (p.bias) to_log2 = static_cast<T>(kLog2E);
 
   const KeyInterval range = key_range(p.mask, b, first_row, last_row, p.len_k);
   const int64_t first_key = range.first / kTileN * kTileN, first_keys = min64(kTileN, range.last - first_key);
@@ -375,7 +375,7 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       // Keys [begin, end) of the tile; those outside are dead for the whole sub-tile.
       const int begin = first_bit(mask.columns), end = end_bit(mask.columns), keys = end - begin;
 
-      const TilePair<T> pair{b, h, j0, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, to_log2};
+      const TilePair<T> pair{b, h, j0, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, scale, to_log2};
       if (sub.few)
         probabilities_of_few(p, s, sub, pair);
       else
@@ -408,7 +408,9 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       void* const out = element(p.out.ptr, p.out.dtype, b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2]);
       store_row(out, p.out.dtype, sub.out + r * s.ld_v, dim_v,
                 static_cast<T>(softmax_normalizer(sub.row_sum[r]) * kept_scale));
-      const double lse = softmax_lse(softmax_shift(sub.row_max[r]), sub.row_sum[r]);
+      // Rounded as the backward will round it.
+      const T largest = p.bias ? softmax_shift(sub.row_max[r]) : softmax_shift(sub.row_max[r]) * scale;
+      const double lse = softmax_lse(largest, sub.row_sum[r]);
       void* const row_lse = element(p.lse.ptr, p.lse.dtype, (b * p.heads_q + h) * p.len_q + i);
       if (p.lse.dtype == DType::kFloat64) *static_cast<double*>(row_lse) = lse;
       else *static_cast<float*>(row_lse) = static_cast<float>(lse);
@@ -456,7 +458,7 @@ static void run(const AttentionForwardParams& p) {
   int64_t* const order = shared.take<int64_t>(plan.items);
   int64_t* const cost = shared.take<int64_t>(plan.items);
   carve<T>(counter, p, plan);
-  const int64_t thread_bytes = counter.used;
+  [[maybe_unused]] const int64_t thread_bytes = counter.used;
   char* const scratch = shared.base + shared.used;
   const bool sorted = has_mask(p.mask);
   if (sorted) {
@@ -464,7 +466,7 @@ static void run(const AttentionForwardParams& p) {
     order_by_cost(order, cost, plan.items);
   }
 
-  const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
+  [[maybe_unused]] const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #if defined(_OPENMP)
