@@ -73,7 +73,8 @@ void mask_tiles(const MaskTilesParams& p) {
   const int64_t tiles_q = ceil_div(p.len_q, p.block_m), tiles_k = ceil_div(p.len_k, p.block_n);
   const int64_t words_per_row = ceil_div(p.len_k, 64), map_words = ceil_div(tiles_k, 64), map_t_words = ceil_div(tiles_q, 64);
   const int64_t items = p.batch * p.heads * tiles_q, items_t = p.batch * p.heads * tiles_k;
-#pragma omp parallel num_threads(p.num_threads)
+  const int threads = static_cast<int>(max64(1, min64(max64(items, items_t), p.num_threads)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < items; ++item) {

@@ -561,7 +561,8 @@ static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   Arena shared(align_pointer(p.workspace));
   double* const slots = shared.take<double>(lines.units);
   const int64_t scratch_elements = scratch_size(p);
-#pragma omp parallel num_threads(p.num_threads)
+  const int threads = static_cast<int>(min64(lines.units, p.num_threads));
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #if defined(_OPENMP)
     Arena own(shared.base + shared.used + omp_get_thread_num() * align_up(scratch_elements * static_cast<int64_t>(sizeof(T))));
