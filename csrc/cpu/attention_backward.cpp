@@ -2,7 +2,7 @@
 // tiles (Dao 2023, FlashAttention-2, algorithm 2), five products a tile pair:
 //     S  [48, 64]  = Q [48, D] K^T [D, 64]         K^T, V^T are transposed once per key tile
 //     dP [48, 64]  = dO [48, Dv] V^T [Dv, 64]
-//     P  = 2^(c S - c' lse), dS = P (dP - delta), in place; c = scale log2 e, c' = log2 e, delta = rowsum(dO O) - dlse
+//     P  = e^(scale S - lse), dS = P (dP - delta), in place; delta = rowsum(dO O) - dlse
 //     dV [64, Dv] += P^T [64, 48] dO [48, Dv]      broadcasts walk down P; dO, Q and K are read as they lie
 //     dK [64, D]  += dS^T [64, 48] Q [48, D]
 //     dQ [48, D]  += dS [48, 64] K [64, D]
@@ -17,6 +17,9 @@
 //   * when that makes too few items for the threads, the key tiles are dealt out to kMaxChunks chunks at most, each with a dQ of its
 //     own, added afterwards in the order of the chunks. Columns of the bias gradient belong to one chunk.
 // So the result depends on the number of threads, through the number of chunks, and on nothing else.
+//
+// S is summed over D as in the forward, and scale S is rounded before lse is subtracted: where one key takes all of a row, lse is
+// that very number and P is exactly 1, however large the scores are.
 //
 // Bytes, float, D = 64: S and dP 12 KB each, K^T, V^T, K, dK, dV 16 KB each, Q, dO, dQ 12 KB each: 150 KB in L2, of which a
 // product needs 40 KB and streams all but its operand B, 12 to 16 KB in L1. Registers: gemm.h.
@@ -38,7 +41,7 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kMaxChunks = 16;      // bounds the memory for the parts of dQ
+constexpr int64_t kMaxChunks = 16;      // bounds the number of parts of dQ
 constexpr int64_t kItemsPerThread = 2;  // fewer leave threads idle at the end
 
 struct Plan {
@@ -60,8 +63,11 @@ static Plan make_plan(const AttentionBackwardParams& p) {
   plan.chunks = 1;
   // A bias gradient summed over the keys would be shared by the chunks.
   const bool divisible = !p.grad_bias || p.grad_bias.stride[3] != 0;
-  if (owners && p.num_threads > 1 && owners < kItemsPerThread * p.num_threads && divisible)
-    plan.chunks = max64(1, min64(min64(tiles, kMaxChunks), (kItemsPerThread * p.num_threads + owners - 1) / owners));
+  if (owners && p.num_threads > 1 && owners < kItemsPerThread * p.num_threads && divisible) {
+    // The parts of dQ stay below half of what the scores would take.
+    const int64_t affordable = min64(kMaxChunks, p.len_k / (2 * max64(1, p.dim_qk)));
+    plan.chunks = max64(1, min64(min64(tiles, affordable), (kItemsPerThread * p.num_threads + owners - 1) / owners));
+  }
   plan.items = owners * plan.chunks;
   plan.query_in_place = plan.chunks == 1 && rows_in_place<T>(p.grad_query.dtype, p.grad_query.stride[2], static_cast<int>(p.dim_qk));
   return plan;
@@ -71,7 +77,7 @@ static Plan make_plan(const AttentionBackwardParams& p) {
 template <typename T>
 struct Scratch {
   int64_t ld_k, ld_v;
-  T *shift, *delta;          // [query heads of a group, L]: log2 e * lse, and delta
+  T *shift, *delta;          // [query heads of a group, L]: lse, and delta
   T* grad_query;             // [query heads of a group, L, ld_k], unless in place or in parts
   T *p, *ds, *bias;          // [kTileM, kTileN]
   T *key_t, *value_t;        // [D, kTileN], [Dv, kTileN]
@@ -119,7 +125,7 @@ static T* carve_shared(Arena& arena, const AttentionBackwardParams& p, const Pla
 // What a tile has beyond the plain softmax. Bit and column 0 are the first key of the (cut) tile.
 template <typename T>
 struct TileTerms {
-  T to_log2;                // c of the head of this file
+  T scale;
   const T* bias;            // [rows][ld_bias], or null
   int64_t ld_bias;
   const uint64_t* allowed;  // [rows], bit `first_bit` + j: key j may be attended to, or null
@@ -132,7 +138,7 @@ struct TileTerms {
 template <typename T, bool kPlain>
 static void softmax_gradient(T* p, T* ds, int rows, int keys, const T* shift, const T* delta, const TileTerms<T>& terms) {
   constexpr int W = kWidth<T>;
-  const Vec<T> to_log2 = broadcast(terms.to_log2), kept_scale = broadcast(terms.kept_scale);
+  const Vec<T> scale = broadcast(terms.scale), kept_scale = broadcast(terms.kept_scale);
   const Vec<T> log2e = broadcast(static_cast<T>(kLog2E));
   for (int r = 0; r < rows; ++r) {
     const Vec<T> row_shift = broadcast(shift[r]), row_delta = broadcast(delta[r]);
@@ -142,15 +148,15 @@ static void softmax_gradient(T* p, T* ds, int rows, int keys, const T* shift, co
     for (int j = 0; j < keys; j += W) {
       T* const p_at = p + r * kTileN + j;
       T* const ds_at = ds + r * kTileN + j;
-      Vec<T> x = fma(load(p_at), to_log2, -row_shift), gradient = load(ds_at);
+      Vec<T> x = load(p_at), gradient = load(ds_at);
       if constexpr (kPlain) {
-        x = exp2(x);
+        x = exp2((product(x, scale) - row_shift) * log2e);
         store(p_at, x);
         store(ds_at, x * (gradient - row_delta));
       } else {
-        if (terms.bias) x = fma(load(terms.bias + r * terms.ld_bias + j), log2e, x);
+        x = terms.bias ? fma(x, scale, load(terms.bias + r * terms.ld_bias + j)) : product(x, scale);
         const VecBits<T> lanes = lanes_of<T>(allowed >> j);
-        x = lanes ? exp2(x) : zero<T>();
+        x = lanes ? exp2((x - row_shift) * log2e) : zero<T>();
         Vec<T> dropped = x;
         if (terms.kept) {
           const VecBits<T> kept_lanes = lanes_of<T>(kept >> j);
@@ -169,7 +175,6 @@ static void softmax_gradient(T* p, T* ds, int rows, int keys, const T* shift, co
 template <typename T>
 struct Group {
   int64_t b, h_kv, first_head;  // first_head: of the query heads
-  int64_t chunk;
   T* grad_query;                // [query heads][L] rows, where dQ is summed
   int64_t stride_head, stride_row;
 };
@@ -230,7 +235,7 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
   Rows<T> key{nullptr, 0};
   TileMask mask;
   uint64_t kept[kTileM];
-  TileTerms<T> terms{static_cast<T>(p.scale * kLog2E), nullptr, 0, nullptr, nullptr, 0, static_cast<T>(1.0 / (1.0 - p.dropout.p))};
+  TileTerms<T> terms{static_cast<T>(p.scale), nullptr, 0, nullptr, nullptr, 0, static_cast<T>(1.0 / (1.0 - p.dropout.p))};
   for (int64_t g = 0; g < plan.query_heads; ++g) {
     const int64_t h = group.first_head + g;
     const bool clears = p.grad_bias && (b == 0 || p.grad_bias.stride[0]) && (h == 0 || p.grad_bias.stride[1]);
@@ -324,7 +329,7 @@ template <typename T>
 static void run_group(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, T* parts, int64_t b, int64_t h_kv,
                       int64_t chunk) {
   const int64_t h = h_kv * plan.query_heads;
-  Group<T> group{b, h_kv, h, chunk, s.grad_query, p.len_q * s.ld_k, s.ld_k};
+  Group<T> group{b, h_kv, h, s.grad_query, p.len_q * s.ld_k, s.ld_k};
   if (plan.chunks > 1)
     group.grad_query = parts + ((chunk * p.batch + b) * p.heads_q + h) * p.len_q * s.ld_k;
   else if (plan.query_in_place) {
