@@ -94,9 +94,10 @@ FASTATTN_HD static inline bool has_mask(const MaskParams& mask) {
 
 // Keys outside [first, last) attend to no query of [i0, i1), by arithmetic; clipped to 0 .. len_k, empty when first >= last.
 FASTATTN_HD static inline KeyInterval key_range(const MaskParams& mask, int64_t b, int64_t i0, int64_t i1, int64_t len_k) {
-  KeyInterval keys{max64(0, row_interval(mask, b, i0).first), min64(len_k, row_interval(mask, b, i1 - 1).last)};
+  KeyInterval keys{row_interval(mask, b, i0).first, min64(len_k, row_interval(mask, b, i1 - 1).last)};
   if (mask.key_lengths) keys.last = min64(keys.last, mask.key_lengths[b * mask.stride_key_lengths_b]);
-  return keys;
+  // Both sides on both ends: the caller subtracts, and a length of the user's may be the smallest number there is.
+  return {min64(max64(0, keys.first), len_k), max64(0, keys.last)};
 }
 
 // Queries outside [first, last) attend to no key of [j0, j1), by arithmetic; clipped to 0 .. len_q, empty when first >= last.
@@ -104,7 +105,7 @@ FASTATTN_HD static inline KeyInterval query_range(const MaskParams& mask, int64_
   KeyInterval rows{max64(0, j0 - mask.band_high), min64(len_q, j1 - mask.band_low)};
   if (mask.prefix_lengths && j0 >= mask.prefix_lengths[b * mask.stride_prefix_b]) rows.first = max64(rows.first, j0);
   if (mask.key_lengths && j0 >= mask.key_lengths[b * mask.stride_key_lengths_b]) rows.last = 0;
-  return rows;
+  return {min64(rows.first, len_q), max64(0, rows.last)};
 }
 
 // Smallest and largest segment id of positions [begin, end).

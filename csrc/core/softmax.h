@@ -1,6 +1,7 @@
-// The online softmax in base 2, and its empty-row rule.
+// The online softmax, and its empty-row rule.
 //
-// A row keeps its running maximum m of the scores in units of log 2 (x = score * log2 e) and l = sum of 2^(x - shift(m)).
+// A row keeps its running maximum m of the scores and l = sum of 2^((score - shift(m)) log2 e). The difference is taken before
+// the product: it is exactly 0 at the maximum however large the scores are, and l is never below 1.
 // A masked score is -inf. A row that has seen nothing has m = -inf, and -inf - -inf is NaN: hence `shift`. A row that may
 // attend to nothing ends with l = 0, and gives output 0 and lse -inf. A NaN score makes l NaN, so it is never taken for an
 // empty row.
@@ -14,7 +15,6 @@
 namespace fastattn {
 
 inline constexpr double kLog2E = 1.4426950408889634073599246810019;
-inline constexpr double kLn2 = 0.69314718055994530941723212145818;
 
 template <typename T>
 FASTATTN_HD static inline T softmax_shift(T row_max) {
@@ -27,14 +27,14 @@ FASTATTN_HD static inline T softmax_normalizer(T row_sum) {
   return row_sum == T(0) ? T(0) : T(1) / row_sum;
 }
 
-// Natural log of the sum of e^score, from the shift in units of log 2. In double: log(row_sum) must not cost the digits of lse.
+// Natural log of the sum of e^score. In double: log(row_sum) must not cost the digits of lse.
 FASTATTN_HD static inline double softmax_lse(double shift, double row_sum) {
-  return row_sum == 0.0 ? -std::numeric_limits<double>::infinity() : shift * kLn2 + std::log(row_sum);
+  return row_sum == 0.0 ? -std::numeric_limits<double>::infinity() : shift + std::log(row_sum);
 }
 
-// The shift for 2^(x * log2 e - shift) = probability when lse is known (backward, weights). An empty row has no probability.
+// The shift for e^(score - shift) = probability when lse is known (backward, weights). An empty row has no probability.
 FASTATTN_HD static inline double lse_to_shift(double lse) {
-  return lse == -std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::infinity() : lse * kLog2E;
+  return lse == -std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::infinity() : lse;
 }
 
 }  // namespace fastattn

@@ -3,7 +3,7 @@
 // Both kernels keep scores transposed, as the forward does: a query is a vector lane, so lse is a vector and a sum over
 // keys is lane by lane; Q^T is made once per query tile, K is read as it lies:
 //     S^T [64, 48] = K [64, D] Q^T [D, 48]
-//     P^T          = 2^(c S^T - c' lse), in place; c = scale log2 e, c' = log2 e
+//     P^T          = e^(scale S^T - lse), in place; rounded as in the forward and the backward (attention_backward.cpp)
 // Forward: a work item is a query tile of one batch (averaged) or one head, and a run of key tiles. Averaged, a key tile
 // meets every head in order before the sum is transposed and written: no tensor per head exists. Every element of the
 // output is written once, zeros where the mask leaves nothing.
@@ -61,7 +61,7 @@ template <typename T>
 struct QueryTile {
   int64_t b, h, i0;
   int rows, padded_rows;
-  const T *query_t, *shift;  // [D][padded_rows], [padded_rows]: log2 e * lse
+  const T *query_t, *shift;  // [D][padded_rows], [padded_rows]: lse
 };
 
 // What a tile pair has beyond the plain softmax; bit r of a word is row r.
@@ -110,7 +110,7 @@ static bool load_scores(const AttentionParams& p, const TileScratch<T>& s, const
   }
   gemm<Layout::kRows, T>(keys, q.rows, dim, key.ptr, key.ld, q.query_t, q.padded_rows, s.scores, q.padded_rows, false);
   if (p.bias)
-    load_transposed(s.bias, q.padded_rows, p.bias, q.b, q.h, q.i0, q.rows, j0, keys, static_cast<T>(kLog2E), s.staging);
+    load_transposed(s.bias, q.padded_rows, p.bias, q.b, q.h, q.i0, q.rows, j0, keys, T(1), s.staging);
   bits.partial = bits.mask.tile_class == TileClass::kPartial;
   if (bits.partial) transpose_bits(bits.allowed, bits.mask.rows);
   bits.dropout = p.dropout.p > 0;
@@ -125,10 +125,10 @@ static bool load_scores(const AttentionParams& p, const TileScratch<T>& s, const
 // Probabilities, before dropout, of key j and the rows from `lane` on.
 template <typename T>
 FASTATTN_INLINE Vec<T> probability(const T* scores, const T* bias, const TileBits& bits, int64_t ld, int j, int lane,
-                                   Vec<T> to_log2, Vec<T> shift) {
-  Vec<T> x = load(scores + j * ld + lane) * to_log2;
-  if (bias) x += load(bias + j * ld + lane);
-  x = exp2(x - shift);
+                                   Vec<T> scale, Vec<T> shift) {
+  Vec<T> x = load(scores + j * ld + lane);
+  x = bias ? fma(x, scale, load(bias + j * ld + lane)) : product(x, scale);
+  x = exp2((x - shift) * broadcast(static_cast<T>(kLog2E)));
   return bits.partial ? (lanes_of<T>(bits.allowed[j] >> lane) ? x : zero<T>()) : x;
 }
 template <typename T>
@@ -140,13 +140,13 @@ FASTATTN_INLINE Vec<T> after_dropout(Vec<T> x, const TileBits& bits, int j, int 
 template <typename T>
 static void add_probabilities(T* sum, bool first, const AttentionParams& p, const TileScratch<T>& s, const QueryTile<T>& q,
                               const TileBits& bits, int keys) {
-  const Vec<T> to_log2 = broadcast(static_cast<T>(p.scale * kLog2E));
+  const Vec<T> scale = broadcast(static_cast<T>(p.scale));
   const T* const bias = p.bias ? s.bias : nullptr;
   const int64_t ld = q.padded_rows;
   for (int lane = 0; lane < q.padded_rows; lane += kWidth<T>) {
     const Vec<T> shift = load(q.shift + lane);
     for (int j = 0; j < keys; ++j) {
-      const Vec<T> x = after_dropout<T>(probability(s.scores, bias, bits, ld, j, lane, to_log2, shift), bits, j, lane);
+      const Vec<T> x = after_dropout<T>(probability(s.scores, bias, bits, ld, j, lane, scale, shift), bits, j, lane);
       store(sum + j * ld + lane, first ? x : x + load(sum + j * ld + lane));
     }
   }
@@ -321,14 +321,14 @@ static BackwardScratch<T> carve(Arena& arena, const AttentionWeightsBackwardPara
 template <typename T>
 static void score_gradients(const AttentionWeightsBackwardParams& p, const BackwardScratch<T>& s, const QueryTile<T>& q,
                             const TileBits& bits, int keys) {
-  const Vec<T> to_log2 = broadcast(static_cast<T>(p.scale * kLog2E));
+  const Vec<T> scale = broadcast(static_cast<T>(p.scale));
   const T* const bias = p.bias ? s.tile.bias : nullptr;
   const int64_t ld = q.padded_rows;
   for (int lane = 0; lane < q.padded_rows; lane += kWidth<T>) {
     const Vec<T> shift = load(q.shift + lane);
     Vec<T> total = zero<T>();
     for (int j = 0; j < keys; ++j) {
-      const Vec<T> x = probability(s.tile.scores, bias, bits, ld, j, lane, to_log2, shift);
+      const Vec<T> x = probability(s.tile.scores, bias, bits, ld, j, lane, scale, shift);
       Vec<T> ds = x * after_dropout<T>(load(s.grad_weights + j * ld + lane), bits, j, lane);
       // Where nothing may be attended to, dW may hold anything.
       if (bits.partial) ds = lanes_of<T>(bits.allowed[j] >> lane) ? ds : zero<T>();

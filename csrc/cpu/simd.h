@@ -114,6 +114,18 @@ FASTATTN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #endif
 }
 
+// a * b rounded, and not contracted by the compiler with what is added to it: for a sum that must be exact where it cancels.
+template <typename V>
+FASTATTN_INLINE V product(V a, V b) {
+  V x = a * b;
+#if defined(__SSE2__)
+  asm("" : "+v"(x));
+#elif defined(__ARM_NEON)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // Lane-wise maximum; the second operand when either is NaN (x86). On Arm a NaN stays a NaN.
 FASTATTN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
@@ -206,7 +218,8 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   p = fma(p, r, broadcast(6.93146977599e-1f));
   p = fma(p, r, broadcast(1.0f));
   p = bit_cast<Vec<float>>(bit_cast<VecBits<float>>(p) + (bit_cast<VecBits<float>>(t) << 23));
-  return x < broadcast(-126.0f) ? zero<float>() : p;
+  // The bits of a NaN may have become a number by the shift; the maximum gives the NaN itself.
+  return x >= broadcast(-126.0f) ? p : max(zero<float>(), x);
 #endif
 }
 // The same in double: degree 11, relative error 4.7e-17 before rounding.
@@ -227,7 +240,7 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   p = fma(p, r, broadcast(6.93147180559945329e-1));
   p = fma(p, r, broadcast(1.0));
   p = bit_cast<Vec<double>>(bit_cast<VecBits<double>>(p) + (bit_cast<VecBits<double>>(t) << 52));
-  return x < broadcast(-1022.0) ? zero<double>() : p;
+  return x >= broadcast(-1022.0) ? p : max(zero<double>(), x);
 }
 
 // Lanes whose bit in `word` is set, bit 0 for lane 0.

@@ -74,6 +74,10 @@ void test_exp2(double from, double step, double tolerance) {
   CHECK(exp2(broadcast(T(-1e30)))[0] == T(0));
   CHECK(exp2(broadcast(T(-1100)))[0] == T(0));
   CHECK(std::isnan(exp2(broadcast(std::numeric_limits<T>::quiet_NaN()))[0]));
+  T every_bit_set;  // a NaN too
+  std::memset(&every_bit_set, 0xff, sizeof every_bit_set);
+  CHECK(std::isnan(exp2(broadcast(every_bit_set))[0]));
+  CHECK(std::isnan(exp2(broadcast(-every_bit_set))[0]));
 }
 
 template <typename T>
