@@ -19,6 +19,8 @@ def _normalize(target: Tensor, patch_size: int, eps: float) -> Tensor:
     The variance is the unbiased one (He et al. 2022, "Masked autoencoders are scalable vision learners", section 4.1,
     and the code that the authors published).
     """
+    if not target.numel():
+        return target  # torch would warn about the variance of nothing
     dims = [-1]
     if patch_size:
         batch, channels, height, width = target.shape

@@ -77,8 +77,6 @@ class Target:
             wanted["scale"] = problem.case.scale
         if self.gives_lse:
             wanted["return_lse"] = True
-        elif problem.grad_lse is not None:
-            raise Unsupported("it returns no lse")
         result = self._invoke(query, key, value, wanted)
         if self.gives_lse:
             return result
@@ -88,8 +86,6 @@ class Target:
         self, problem: Problem, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, open_rows: bool
     ) -> Tensor:
         case = problem.case
-        if problem.grad_lse is not None:
-            raise Unsupported("it returns no lse")
         wanted: dict[str, Any] = {}
         kinds = [(term.spec.kind, term.spec.align) for term in problem.terms]
         # A plain causal mask is given in both of the ways that SDPA takes it, half of the cases each.
