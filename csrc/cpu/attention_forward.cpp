@@ -218,18 +218,6 @@ static void softmax_row(T* scores, int keys, T* row_max, T* row_sum, T* rescale,
 
 // ---- one work item ----
 
-// Asks for the rows of a tile ahead of their use: from memory they come later than the hardware's own prefetch foresees,
-// which stops at the end of a page and restarts at each row that lies apart.
-template <bool kWrite>
-FASTATTN_INLINE void prefetch_rows(const TensorRef& t, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t dim) {
-  if (rows <= 0) return;
-  const char* const tile = static_cast<const char*>(
-      element(t.ptr, t.dtype, b * t.stride[0] + h * t.stride[1] + first * t.stride[2]));
-  const int64_t row_bytes = dim * element_size(t.dtype), step = t.stride[2] * element_size(t.dtype);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(tile + r * step + at, kWrite, 2);
-}
-
 template <typename T>
 struct SubTile {
   int64_t i0;
@@ -315,9 +303,6 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   if (p.bias) to_log2 = static_cast<T>(kLog2E);
 
   const KeyInterval range = key_range(p.mask, b, first_row, last_row, p.len_k);
-  const int64_t first_key = range.first / kTileN * kTileN, first_keys = min64(kTileN, range.last - first_key);
-  prefetch_rows<false>(p.key, b, h_kv, first_key, first_keys, dim_qk);
-  prefetch_rows<false>(p.value, b, h_kv, first_key, first_keys, dim_v);
 
   SubTile<T> sub_tiles[kMaxSubTiles];
   int count = 0;
@@ -351,22 +336,19 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   const bool value_in_place = rows_in_place<T>(p.value.dtype, p.value.stride[2], dim_v);
   TileMask mask;
 
-  for (int64_t j0 = first_key; j0 < range.last; j0 += kTileN) {
+  for (int64_t j0 = range.first / kTileN * kTileN; j0 < range.last; j0 += kTileN) {
     const int tile_keys = static_cast<int>(min64(kTileN, p.len_k - j0));
     const void* const key_tile = element(p.key.ptr, p.key.dtype,
                                          b * p.key.stride[0] + h_kv * p.key.stride[1] + j0 * p.key.stride[2]);
     const void* const value_tile = element(p.value.ptr, p.value.dtype,
                                            b * p.value.stride[0] + h_kv * p.value.stride[1] + j0 * p.value.stride[2]);
     Rows<T> key{nullptr, s.ld_k}, value{nullptr, s.ld_v};
-    const int64_t next = j0 + kTileN, next_keys = min64(kTileN, range.last - next);
 
     for (int n = 0; n < count; ++n) {
       SubTile<T>& sub = sub_tiles[n];
       make_tile_mask(mask, p.mask, b, h, sub.i0, sub.rows, j0, tile_keys);
       if (mask.tile_class == TileClass::kEmpty) continue;
       if (!key.ptr) {
-        prefetch_rows<false>(p.key, b, h_kv, next, next_keys, dim_qk);
-        prefetch_rows<false>(p.value, b, h_kv, next, next_keys, dim_v);
         if (key_in_place) key = {static_cast<const T*>(key_tile), p.key.stride[2]};
         else convert_rows(s.key, s.ld_k, key_tile, p.key.dtype, p.key.stride[2], tile_keys, dim_qk), key.ptr = s.key;
         if (value_in_place) value = {static_cast<const T*>(value_tile), p.value.stride[2]};
@@ -389,7 +371,6 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
         v = s.live_value;
         ld_v = s.ld_v;
       }
-      if (next_keys <= 0) prefetch_rows<true>(p.out, b, h, sub.i0, sub.rows, dim_v);
       if (sub.started) rescale_rows(sub.out, s.ld_v, sub.rows, s.rescale);
       if (sub.few)
         gemm<Layout::kRows>(sub.rows, dim_v, keys, s.scores, kTileN, v, ld_v, sub.out, s.ld_v, sub.started);
