@@ -44,12 +44,14 @@ template <>
 struct VecOf<float> {
   using type = float __attribute__((vector_size(kVectorBytes)));
   using bits = int32_t __attribute__((vector_size(kVectorBytes)));
+  using words = uint32_t __attribute__((vector_size(kVectorBytes)));
   using halves = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 };
 template <>
 struct VecOf<double> {
   using type = double __attribute__((vector_size(kVectorBytes)));
   using bits = int64_t __attribute__((vector_size(kVectorBytes)));
+  using words = uint64_t __attribute__((vector_size(kVectorBytes)));
 };
 
 template <typename T>
@@ -188,6 +190,13 @@ FASTATTN_INLINE auto horizontal_max(V v) {
   return largest;
 }
 
+// p * 2^n, n in the low bits of t. Unsigned: where x is out of range this wraps, and the result is not used.
+template <typename T, int kFractionBits>
+FASTATTN_INLINE Vec<T> add_to_exponent(Vec<T> p, Vec<T> t) {
+  using Words = typename VecOf<T>::words;
+  return bit_cast<Vec<T>>(bit_cast<Words>(p) + (bit_cast<Words>(t) << kFractionBits));
+}
+
 // 2^x for x < 127.5. Exactly 1 at 0, exactly 0 below the normal numbers (-inf included), NaN for NaN. Subnormal results are
 // flushed on purpose: some CPUs take over a hundred cycles for each product with one.
 //
@@ -217,7 +226,7 @@ FASTATTN_INLINE Vec<float> exp2(Vec<float> x) {
   p = fma(p, r, broadcast(2.40222420853e-1f));
   p = fma(p, r, broadcast(6.93146977599e-1f));
   p = fma(p, r, broadcast(1.0f));
-  p = bit_cast<Vec<float>>(bit_cast<VecBits<float>>(p) + (bit_cast<VecBits<float>>(t) << 23));
+  p = add_to_exponent<float, 23>(p, t);
   // The bits of a NaN may have become a number by the shift; the maximum gives the NaN itself.
   return x >= broadcast(-126.0f) ? p : max(zero<float>(), x);
 #endif
@@ -239,7 +248,7 @@ FASTATTN_INLINE Vec<double> exp2(Vec<double> x) {
   p = fma(p, r, broadcast(2.40226506959100832e-1));
   p = fma(p, r, broadcast(6.93147180559945329e-1));
   p = fma(p, r, broadcast(1.0));
-  p = bit_cast<Vec<double>>(bit_cast<VecBits<double>>(p) + (bit_cast<VecBits<double>>(t) << 52));
+  p = add_to_exponent<double, 52>(p, t);
   return x >= broadcast(-1022.0) ? p : max(zero<double>(), x);
 }
 
