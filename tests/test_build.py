@@ -179,6 +179,28 @@ def test_several_python_threads_at_once() -> None:
                 assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
 
 
+@needs_native
+def test_tensors_without_memory_are_refused() -> None:
+    """A meta tensor has no address that a kernel could read."""
+    from fastattn.backends import native
+
+    x, meta = torch.randn(1, 2, 9, 16), torch.empty(1, 2, 9, 16, device="meta")
+    mask = torch.ones(x.shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match="target"):
+        native.masked_loss(x, meta, mask, "l2", "sum", 0, 1.0, False, 1e-6, True)
+    with pytest.raises(ValueError, match="grad_loss"):
+        native.masked_loss_backward_none(meta, x, x, mask, "l2", 0, 1.0, False, 1e-6)
+    out, lse = native.attention_forward(x, x, x, None, None, 0.2, 0.0, None)
+    with pytest.raises(ValueError, match="grad_weights"):
+        weights = torch.empty(1, 9, 9, device="meta")
+        native.attention_weights_backward(weights, x, x, lse, None, None, 0.2, True, 0.0, None, False)
+    grads = [torch.empty_like(x) for _ in range(3)]
+    with pytest.raises(ValueError, match="grad_lse"):
+        native.attention_backward(
+            x, lse.to("meta"), x, x, x, out, lse, None, None, 0.2, 0.0, None, *grads, need_grad_bias=False
+        )
+
+
 def supported_levels() -> tuple[str, ...]:
     if dispatch.NATIVE_FAILURE is not None:
         return ()

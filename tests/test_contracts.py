@@ -528,6 +528,36 @@ def test_contract_11_any_finite_scale(backend: str, scale: float) -> None:
     assert_passes(check_attention(own_target(backend), case))
 
 
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("size", [1e6, 1e9, 1e12, 1e30])
+def test_contract_11_scores_of_any_size(backend: str, size: float, with_bias: bool) -> None:
+    """Each query takes one key: its probability is 1, forward and backward, however large the score is."""
+    query, key, value = (torch.randn(2, 2, 96, 24) for _ in range(3))
+    query, key = query * size**0.5, key * size**0.5
+    bias = torch.randn(96, 96) if with_bias else None
+    scores = query.double() @ key.double().mT * 24**-0.5
+    chosen = torch.nn.functional.one_hot(scores.argmax(-1), 96).double()
+    value.requires_grad_()
+    out, lse = fastattn.attention(query, key, value, bias=bias, return_lse=True, backend=backend)
+    upstream = torch.randn_like(out)
+    (grad_value,) = torch.autograd.grad(out, value, upstream)
+    weights = fastattn.attention_weights(query, key, lse, bias=bias, average_heads=False, backend=backend)
+    torch.testing.assert_close(out.detach().double(), chosen @ value.detach().double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad_value.double(), chosen.mT @ upstream.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights.double(), chosen, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse.double(), scores.amax(-1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("len_q", [2, 101])
+def test_contract_11_the_lowest_finite_bias_is_no_mask(backend: str, len_q: int) -> None:
+    """A row whose bias is the lowest number everywhere is not empty: its weights are equal, as with SDPA."""
+    query, key, value = torch.randn(1, 2, len_q, 24), torch.randn(1, 2, S, 24), torch.randn(1, 2, S, 24)
+    bias = torch.full((len_q, S), torch.finfo(torch.float32).min)
+    out = fastattn.attention(query, key, value, bias=bias, backend=backend)
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(query, key, value, bias))
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [101, 102])
 def test_contract_11_numbers_at_length(backend: str, seed: int) -> None:
@@ -606,6 +636,9 @@ def test_contract_12_values_out_of_range_are_harmless(backend: str) -> None:
         out = fastattn.attention(query, key, value, mask=mask, backend=backend)
         expected = fastattn.attention(query, key, value, mask=Mask.key_lengths(lengths), backend=backend)
         torch.testing.assert_close(out, expected)
+    smallest = Mask.key_lengths(torch.full((2,), -(2**63))) & Mask.window(3, None)
+    out = fastattn.attention(query, key, value, mask=smallest, backend=backend)
+    assert not out.any() and not any(gradient.any() for gradient in gradients(out, [query, key, value]))
     ids = torch.randint(-far, far, (2, S))
     out = fastattn.attention(query, key, value, mask=Mask.segments(ids[:, :L], ids), backend=backend)
     torch.testing.assert_close(out, value[:, :, :L].repeat_interleave(2, dim=1))

@@ -291,7 +291,8 @@ def attention_backward(
     ):
         _check_like(name, tensor, shape, query.dtype)
     if grad_lse is not None:
-        _require(grad_lse.shape == lse.shape, "grad_lse", grad_lse, "of lse's shape {}", tuple(lse.shape))
+        fits = grad_lse.shape == lse.shape and grad_lse.is_cpu
+        _require(fits, "grad_lse", grad_lse, "a CPU tensor of lse's shape {}", tuple(lse.shape))
         grad_lse = grad_lse.to(lse.dtype)
     grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
     _run(
@@ -354,8 +355,8 @@ def attention_weights_backward(
     shared = _shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
     B, Hq, L, _ = query.shape
     shape = (B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2])
-    fits = grad_weights.shape == shape and grad_weights.dtype == query.dtype
-    _require(fits, "grad_weights", grad_weights, "{} {}", query.dtype, shape)
+    fits = grad_weights.shape == shape and grad_weights.dtype == query.dtype and grad_weights.is_cpu
+    _require(fits, "grad_weights", grad_weights, "a CPU tensor of {} {}", query.dtype, shape)
     grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
     grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
     _run(
@@ -419,8 +420,10 @@ def _loss_launch(
     grad_loss: Tensor | None,
 ) -> None:
     """Fills MaskedLossParams: with patches input is (B, C, H, W), without it has at most 4 dimensions, led by ones."""
-    _require(input.dtype in _DTYPE_CODES and input.dim() <= 4, "input", input, "a float tensor of at most 4 dimensions")
-    _require(target.shape == input.shape and target.dtype == input.dtype, "target", target, "{}", tuple(input.shape))
+    fits = input.dtype in _DTYPE_CODES and input.dim() <= 4 and input.is_cpu
+    _require(fits, "input", input, "a CPU float tensor of at most 4 dimensions")
+    fits = target.shape == input.shape and target.dtype == input.dtype and target.is_cpu
+    _require(fits, "target", target, "a CPU tensor of {} {}", input.dtype, tuple(input.shape))
     if patch_size:
         B, _, height, width = input.shape
         grid = (B, height // patch_size, width // patch_size)
@@ -480,7 +483,8 @@ def masked_loss_backward_none(
     eps: float,
 ) -> Tensor:
     """d loss / d input for the upstream gradient of each element, for `reduction` "none"."""
-    _require(grad_loss.shape == input.shape and grad_loss.dtype == input.dtype, "grad_loss", grad_loss, "like input")
+    fits = grad_loss.shape == input.shape and grad_loss.dtype == input.dtype and grad_loss.is_cpu
+    _require(fits, "grad_loss", grad_loss, "a CPU tensor of {} {}", input.dtype, tuple(input.shape))
     grad_input = torch.empty_like(input)
     _loss_launch(
         input, target, mask, kind, "none", patch_size, beta, normalize_target, eps, None, grad_input, grad_loss

@@ -155,7 +155,9 @@ def attention_forward(
     """out (B, Hq, L, Dv) over memory (B, L, Hq, Dv), and lse (B, Hq, L) of the undropped scores."""
     problem = _Problem(query, key, bias, mask, scale, dropout_p, dropout_seed)
     lse = torch.logsumexp(problem.scores, dim=-1)
-    p = problem.dropout(problem.probabilities(lse))
+    # Not from lse: beside a score of 1e9 the rounding of lse would leave the sum of a row far from 1.
+    p = torch.softmax(problem.scores, dim=-1).where((lse != -torch.inf).unsqueeze(-1), 0)
+    p = problem.dropout(p)
     B, Hq, L, _ = query.shape
     out = query.new_empty(B, L, Hq, value.shape[-1]).transpose(1, 2)
     out.copy_(p @ problem.per_query_head(value))
