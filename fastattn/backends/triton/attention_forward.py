@@ -332,13 +332,10 @@ def attention_forward(
         HAS_DROPOUT=limit >= 0,
         HEAD_DIM=D,
         HEAD_DIM_V=Dv,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
         BLOCK_D=block_dim(D),
         BLOCK_DV=block_dim(Dv),
         PRECISION=dot_precision(query.dtype),
-        num_warps=chosen.num_warps,
-        num_stages=chosen.num_stages,
+        **chosen.constants(),
     )
     num_m = triton.cdiv(L, block_m)
     with on_device(query):

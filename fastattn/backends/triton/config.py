@@ -32,12 +32,38 @@ class Config:
     num_stages: int = 2
     short: bool = False
 
+    def constants(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return dict(
+            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
 
 def forward(query: Tensor, len_k: int, head_dim: int, mask: KernelMask | None) -> Config:
     dim = block_dim(head_dim)
     if 0 < len_k <= SHORT_KEYS:
         return Config(64, max(16, triton.next_power_of_2(len_k)), 4, 2, short=True)
     return Config(64, 64, 4 if dim <= 128 else 8, 2)
+
+
+def backward_dq(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    return Config(64, 64, 4 if block_dim(head_dim) <= 64 else 8, 2)
+
+
+def backward_dkv(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    return Config(64, 64, 4 if block_dim(head_dim) <= 64 else 8, 2)
+
+
+def backward_dbias(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    return Config(64, 64, 4 if block_dim(head_dim) <= 64 else 8, 2)
+
+
+def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
+    """None where the keys and their gradients do not fit."""
+    block_n = max(16, triton.next_power_of_2(len_k))
+    if len_k > SHORT_KEYS or block_n * block_dim(head_dim) > 16384:
+        return None
+    return Config(32, block_n, 4 if block_n <= 64 else 8, 2, short=True)
 
 
 def programs_wanted(tensor: Tensor) -> int:
