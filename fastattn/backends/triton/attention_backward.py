@@ -621,7 +621,7 @@ def attention_backward_short_kernel(
     store_rows(dv_head, stride_dv[2], cols, cols < len_k, dv * dropout_scale, HEAD_DIM_V, BLOCK_DV)
 
 
-class _Launch:
+class Launch:
     """The arguments that the backward kernels of one problem share."""
 
     def __init__(
@@ -670,7 +670,7 @@ class _Launch:
     def _constants(self, chosen: config.Config) -> dict[str, Any]:
         return self.constants | chosen.constants()
 
-    def _tiles(self, chosen: config.Config, rows: bool) -> TileOperands:
+    def tiles(self, chosen: config.Config, rows: bool) -> TileOperands:
         if self.mask is None or not is_listed(self.mask):
             return TileOperands()
         lists = live_tiles(self.mask, self.operands, self.L, self.S, chosen.block_m, chosen.block_n, want_rows=rows)
@@ -682,7 +682,7 @@ class _Launch:
         chosen = config.backward_dq(self.query, max(self.D, self.Dv), self.mask)
         num_m = triton.cdiv(self.L, chosen.block_m)
         attention_backward_dq_kernel[(self.B * self.Hq * num_m,)](
-            *(*self.tensors, self._tiles(chosen, True), grad_query, grad_lse, *self.strides, rows_of(grad_query)),
+            *(*self.tensors, self.tiles(chosen, True), grad_query, grad_lse, *self.strides, rows_of(grad_query)),
             *(*self.sizes, num_m, self.scale, self.scale_log2, *self.weights_and_dropout),
             **self._constants(chosen),
         )
@@ -693,7 +693,7 @@ class _Launch:
         chosen = config.backward_dkv(self.query, max(self.D, self.Dv), self.mask)
         num_n = triton.cdiv(self.S, chosen.block_n)
         attention_backward_dkv_kernel[(self.B * self.Hkv * num_n,)](
-            *(*self.tensors, self._tiles(chosen, False), grad_key, grad_value, *self.strides),
+            *(*self.tensors, self.tiles(chosen, False), grad_key, grad_value, *self.strides),
             *(rows_of(grad_key), rows_of(grad_value), *self.sizes, num_n, self.scale, self.scale_log2),
             *self.weights_and_dropout,
             **self._constants(chosen),
@@ -719,7 +719,7 @@ class _Launch:
         splits = triton.cdiv(sum_all, per_split)
         partial = torch.empty((splits, *bias.shape), dtype=torch.float32, device=bias.device)
         attention_backward_dbias_kernel[(num_own * splits,)](
-            *(*self.tensors, self._tiles(chosen, False), partial, *self.strides, *self.sizes),
+            *(*self.tensors, self.tiles(chosen, False), partial, *self.strides, *self.sizes),
             *(Hb, Lb, Sb, own_m, own_n, sum_h, sum_m, sum_n, sum_all, per_split, num_own, bias.numel()),
             *(self.scale_log2, *self.weights_and_dropout),
             **self._constants(chosen),
@@ -757,7 +757,7 @@ def attention_backward(
         delta = None
         if lse.numel() and (chosen is None or need_grad_bias):
             delta = _delta(out, grad_out, lse, grad_lse)
-        launch = _Launch(
+        launch = Launch(
             query, key, value, lse, bias, mask, scale, dropout_p, dropout_seed, grad_out=grad_out, delta=delta
         )
         if chosen is None:
@@ -786,7 +786,7 @@ def _delta(out: Tensor, grad_out: Tensor, lse: Tensor, grad_lse: Tensor | None) 
 
 
 def _short(
-    launch: _Launch,
+    launch: Launch,
     chosen: config.Config,
     key: Tensor,
     value: Tensor,

@@ -76,3 +76,7 @@ def programs_wanted(tensor: Tensor) -> int:
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def weights(query: Tensor, head_dim: int) -> Config:
+    return Config(64, 64, 4, 2)
