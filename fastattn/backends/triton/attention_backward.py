@@ -87,8 +87,8 @@ def _less_grad_lse(delta, grad_lse_ptr, stride_glse, lse_ptr, b, h, rows, valid)
 
 
 @triton.jit
-def _load_grad_weights(weights_ptr, stride, weight_scale, rows, cols, len_q, len_k):
-    pointers = weights_ptr + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
+def _load_grad_weights(weights_ptr, stride, weight_scale, b, h, rows, cols, len_q, len_k):
+    pointers = weights_ptr + b * stride[0] + h * stride[1] + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
     loaded = tl.load(pointers, mask=(rows < len_q) & (cols < len_k), other=0.0)
     return loaded.to(tl.float32) * weight_scale
 
@@ -138,7 +138,7 @@ def _grad_scores(
         cols = (n0 + tl.arange(0, BLOCK_N))[None, :]
         s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
     if bias_ptr is not None:
-        s += load_bias(bias_ptr, stride_bias, rows, cols, len_q, len_k)
+        s += load_bias(bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k)
     if MASKED:
         keep = may_attend(mask, b, h, rows, cols, n0, len_q, len_k, BLOCK_N)
         s = tl.where(keep, s, NEG_INF)
@@ -147,7 +147,7 @@ def _grad_scores(
     else:
         p = tl.math.exp2(s - shift[:, None])
     if weights_ptr is not None:
-        dp = _load_grad_weights(weights_ptr, stride_w, weight_scale, rows, cols, len_q, len_k)
+        dp = _load_grad_weights(weights_ptr, stride_w, weight_scale, b, h, rows, cols, len_q, len_k)
     elif TRANSPOSED:
         dp = dot(v, tl.trans(do), None, PRECISION)
     else:
@@ -177,20 +177,20 @@ def _grad_scores(
 
 
 @triton.jit
-def _load_row_state(lse_ptr, delta_ptr, rows, len_q):
+def _load_row_state(lse_ptr, delta_ptr, row_base, rows, len_q):
     """(shift, delta); a row beyond the last has shift +inf, so its probabilities are 0."""
     valid = rows < len_q
-    shift = shift_of(tl.load(lse_ptr + rows, mask=valid, other=POS_INF))
+    shift = shift_of(tl.load(lse_ptr + row_base + rows, mask=valid, other=POS_INF))
     if delta_ptr is not None:
-        return shift, tl.load(delta_ptr + rows, mask=valid, other=0.0)
+        return shift, tl.load(delta_ptr + row_base + rows, mask=valid, other=0.0)
     else:
         return shift, tl.zeros_like(shift)
 
 
 @triton.jit
-def _load_do(do_ptr, stride, rows, len_q, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+def _load_do(do_ptr, stride, b, h, rows, len_q, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     if do_ptr is not None:
-        return load_rows(do_ptr, stride, rows, rows < len_q, DIM, BLOCK_DIM, True)
+        return load_rows(do_ptr + b * stride[0] + h * stride[1], stride[2], rows, rows < len_q, DIM, BLOCK_DIM, True)
     else:
         return rows
 
@@ -248,19 +248,13 @@ def attention_backward_dq_kernel(
     dq_ptr += b * stride_dq[0] + h * stride_dq[1]
     if v_ptr is not None:
         v_ptr += b * stride_v[0] + h // group * stride_v[1]
-        do_ptr += b * stride_do[0] + h * stride_do[1]
-        delta_ptr += bh * len_q
-    if weights_ptr is not None:
-        weights_ptr += b * stride_w[0] + h * stride_w[1]
-    if bias_ptr is not None:
-        bias_ptr += b * stride_bias[0] + h * stride_bias[1]
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
     q = load_rows(q_ptr, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
-    do = _load_do(do_ptr, stride_do[2], rows, len_q, HEAD_DIM_V, BLOCK_DV)
-    shift, delta = _load_row_state(lse_ptr + bh * len_q, delta_ptr, rows, len_q)
+    do = _load_do(do_ptr, stride_do, b, h, rows, len_q, HEAD_DIM_V, BLOCK_DV)
+    shift, delta = _load_row_state(lse_ptr, delta_ptr, bh * len_q, rows, len_q)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     ds_sum = tl.zeros([BLOCK_M], tl.float32)
     plan = tile_plan(mask, tiles, b, h, tile_m, len_q, len_k, BLOCK_M, BLOCK_N, False)
@@ -367,17 +361,6 @@ def attention_backward_dkv_kernel(
         h = h_kv * group + g
         row_base = (b * heads_q + h) * len_q
         q_head = q_ptr + h * stride_q[1]
-        do_head = do_ptr
-        delta_head = delta_ptr
-        if do_ptr is not None:
-            do_head = do_ptr + b * stride_do[0] + h * stride_do[1]
-            delta_head = delta_ptr + row_base
-        weights_head = weights_ptr
-        if weights_ptr is not None:
-            weights_head = weights_ptr + b * stride_w[0] + h * stride_w[1]
-        bias_head = bias_ptr
-        if bias_ptr is not None:
-            bias_head = bias_ptr + b * stride_bias[0] + h * stride_bias[1]
         plan = tile_plan(mask, tiles, b, h, tile_n, len_q, len_k, BLOCK_M, BLOCK_N, True)
         for masked in tl.static_range(2):
             for t in range(0, plan[masked]):
@@ -387,10 +370,10 @@ def attention_backward_dkv_kernel(
                     m0 = full_tile(t, plan, tiles) * BLOCK_M
                 rows = m0 + tl.arange(0, BLOCK_M)
                 q = load_rows(q_head, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
-                do = _load_do(do_head, stride_do[2], rows, len_q, HEAD_DIM_V, BLOCK_DV)
-                shift, delta = _load_row_state(lse_ptr + row_base, delta_head, rows, len_q)
+                do = _load_do(do_ptr, stride_do, b, h, rows, len_q, HEAD_DIM_V, BLOCK_DV)
+                shift, delta = _load_row_state(lse_ptr, delta_ptr, row_base, rows, len_q)
                 p, ds = _grad_scores(
-                    *(q, k, v, do, shift, delta, weights_head, stride_w, weight_scale, bias_head, stride_bias, mask),
+                    *(q, k, v, do, shift, delta, weights_ptr, stride_w, weight_scale, bias_ptr, stride_bias, mask),
                     *(seed, dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
                     *(masked, HAS_DROPOUT, True, False, BLOCK_M, BLOCK_N, PRECISION),
                 )  # [BLOCK_N, BLOCK_M]
@@ -487,24 +470,18 @@ def attention_backward_dbias_kernel(
         cols = n0 + tl.arange(0, BLOCK_N)
         row_base = (b * heads_q + h) * len_q
         live = attended_keys(mask, tiles, b, h, cols, len_q, len_k)
-        q = load_rows(q_ptr + b * stride_q[0] + h * stride_q[1], stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
-        k = load_rows(k_ptr + b * stride_k[0] + h // group * stride_k[1], stride_k[2], cols, live, HEAD_DIM, BLOCK_D, True)
+        q_head = q_ptr + b * stride_q[0] + h * stride_q[1]
+        k_head = k_ptr + b * stride_k[0] + h // group * stride_k[1]
+        q = load_rows(q_head, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
+        k = load_rows(k_head, stride_k[2], cols, live, HEAD_DIM, BLOCK_D, True)
         v = k
-        do = q
-        delta_head = delta_ptr
-        weights_head = weights_ptr
         if v_ptr is not None:
             v_head = v_ptr + b * stride_v[0] + h // group * stride_v[1]
             v = load_rows(v_head, stride_v[2], cols, live, HEAD_DIM_V, BLOCK_DV, True)
-            do_head = do_ptr + b * stride_do[0] + h * stride_do[1]
-            do = load_rows(do_head, stride_do[2], rows, rows < len_q, HEAD_DIM_V, BLOCK_DV, True)
-            delta_head = delta_ptr + row_base
-        if weights_ptr is not None:
-            weights_head = weights_ptr + b * stride_w[0] + h * stride_w[1]
-        shift, delta = _load_row_state(lse_ptr + row_base, delta_head, rows, len_q)
-        bias_head = bias_ptr + b * stride_bias[0] + h * stride_bias[1]
+        do = _load_do(do_ptr, stride_do, b, h, rows, len_q, HEAD_DIM_V, BLOCK_DV)
+        shift, delta = _load_row_state(lse_ptr, delta_ptr, row_base, rows, len_q)
         _, ds = _grad_scores(
-            *(q, k, v, do, shift, delta, weights_head, stride_w, weight_scale, bias_head, stride_bias, mask, seed),
+            *(q, k, v, do, shift, delta, weights_ptr, stride_w, weight_scale, bias_ptr, stride_bias, mask, seed),
             *(dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
             *(True, HAS_DROPOUT, False, False, BLOCK_M, BLOCK_N, PRECISION),
         )
@@ -591,18 +568,15 @@ def attention_backward_short_kernel(
         q_head = q_ptr + b * stride_q[0] + h * stride_q[1]
         do_head = do_ptr + b * stride_do[0] + h * stride_do[1]
         dq_head = dq_ptr + b * stride_dq[0] + h * stride_dq[1]
-        bias_head = bias_ptr
-        if bias_ptr is not None:
-            bias_head = bias_ptr + b * stride_bias[0] + h * stride_bias[1]
         for m0 in range(0, len_q, BLOCK_M):
             rows = m0 + tl.arange(0, BLOCK_M)
             valid = rows < len_q
             q = load_rows(q_head, stride_q[2], rows, valid, HEAD_DIM, BLOCK_D, True)
             do = load_rows(do_head, stride_do[2], rows, valid, HEAD_DIM_V, BLOCK_DV, True)
-            shift, delta = _load_row_state(lse_ptr + row_base, None, rows, len_q)
+            shift, delta = _load_row_state(lse_ptr, None, row_base, rows, len_q)
             delta = _less_grad_lse(delta, grad_lse_ptr, stride_glse, lse_ptr + row_base, b, h, rows, valid)
             p, ds = _grad_scores(
-                *(q, k, v, do, shift, delta, None, stride_bias, 1.0, bias_head, stride_bias, mask, seed),
+                *(q, k, v, do, shift, delta, None, stride_bias, 1.0, bias_ptr, stride_bias, mask, seed),
                 *(dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
                 *(True, HAS_DROPOUT, True, True, BLOCK_M, BLOCK_N, PRECISION),
             )  # [BLOCK_N, BLOCK_M]
@@ -616,7 +590,8 @@ def attention_backward_short_kernel(
                 k_seen = tl.where((tl.max(keep.to(tl.int32), 1) > 0)[:, None], k, 0.0)
             dq = dot(tl.trans(ds), k_seen, None, PRECISION)  # [BLOCK_M, BLOCK_D]
             store_rows(dq_head, stride_dq[2], rows, valid, dq * scale, HEAD_DIM, BLOCK_D)
-    store_rows(dk_ptr + b * stride_dk[0] + h_kv * stride_dk[1], stride_dk[2], cols, cols < len_k, dk * scale, HEAD_DIM, BLOCK_D)
+    dk_head = dk_ptr + b * stride_dk[0] + h_kv * stride_dk[1]
+    store_rows(dk_head, stride_dk[2], cols, cols < len_k, dk * scale, HEAD_DIM, BLOCK_D)
     dv_head = dv_ptr + b * stride_dv[0] + h_kv * stride_dv[1]
     store_rows(dv_head, stride_dv[2], cols, cols < len_k, dv * dropout_scale, HEAD_DIM_V, BLOCK_DV)
 

@@ -37,13 +37,15 @@ from fastattn.masks import KernelMask
 
 
 @triton.jit
-def _scores(q, k, bias_ptr, stride_bias, rows, cols, len_q, len_k, scale_log2, FOLD: tl.constexpr, P: tl.constexpr):
+def _scores(
+    q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD: tl.constexpr, PRECISION: tl.constexpr
+):
     """Scores [BLOCK_M, BLOCK_N] in units of log 2; with FOLD still without the scale, which the exponential takes in."""
-    s = dot(q, tl.trans(k), None, P)
+    s = dot(q, tl.trans(k), None, PRECISION)
     if not FOLD:
         s = s * scale_log2
     if bias_ptr is not None:
-        s += load_bias(bias_ptr, stride_bias, rows[:, None], cols[None, :], len_q, len_k)
+        s += load_bias(bias_ptr, stride_bias, b, h, rows[:, None], cols[None, :], len_q, len_k)
     return s
 
 
@@ -116,7 +118,7 @@ def _forward_tiles(
         else:
             live = cols < len_k
         k = load_rows(k_ptr, stride_kn, cols, live, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        s = _scores(q, k, bias_ptr, stride_bias, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
+        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
         if MASKED:
             keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
             s = tl.where(keep, s, NEG_INF)
@@ -198,8 +200,6 @@ def attention_forward_kernel(
     k_ptr += b * stride_k[0] + h // group * stride_k[1]
     v_ptr += b * stride_v[0] + h // group * stride_v[1]
     out_ptr += b * stride_o[0] + h * stride_o[1]
-    if bias_ptr is not None:
-        bias_ptr += b * stride_bias[0] + h * stride_bias[1]
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -265,8 +265,6 @@ def attention_forward_short_kernel(
     v_ptr += b * stride_v[0] + h // group * stride_v[1]
     out_ptr += b * stride_o[0] + h * stride_o[1]
     lse_ptr += bh * len_q
-    if bias_ptr is not None:
-        bias_ptr += b * stride_bias[0] + h * stride_bias[1]
     seed = 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
@@ -279,7 +277,7 @@ def attention_forward_short_kernel(
     for m0 in range(first_row, tl.minimum(first_row + rows_per_program, len_q), BLOCK_M):
         rows = m0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
-        s = _scores(q, k, bias_ptr, stride_bias, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
+        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
         keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
         s = tl.where(keep, s, NEG_INF)
         m_i = tl.max(s, 1)

@@ -75,8 +75,7 @@ def attention_weights_kernel(
         k = load_rows(k_head, stride_k[2], cols, live, HEAD_DIM, BLOCK_D, True)
         s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
         if bias_ptr is not None:
-            bias_head = bias_ptr + b * stride_bias[0] + h * stride_bias[1]
-            s += load_bias(bias_head, stride_bias, rows[:, None], cols[None, :], len_q, len_k)
+            s += load_bias(bias_ptr, stride_bias, b, h, rows[:, None], cols[None, :], len_q, len_k)
         keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
         shift = shift_of(tl.load(lse_ptr + (b * heads_q + h) * len_q + rows, mask=rows < len_q, other=NEG_INF))
         p = tl.math.exp2(tl.where(keep, s, NEG_INF) - shift[:, None])

@@ -369,9 +369,9 @@ def store_rows(ptr, stride, rows, valid, x, DIM: tl.constexpr, BLOCK_DIM: tl.con
 
 
 @triton.jit
-def load_bias(bias_ptr, stride, rows, cols, len_q, len_k):
+def load_bias(bias_ptr, stride, b, h, rows, cols, len_q, len_k):
     """A tile of the bias in units of log 2; rows and cols broadcast together."""
-    pointers = bias_ptr + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
+    pointers = bias_ptr + b * stride[0] + h * stride[1] + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
     return tl.load(pointers, mask=(rows < len_q) & (cols < len_k), other=0.0).to(tl.float32) * LOG2E
 
 
