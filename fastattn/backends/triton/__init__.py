@@ -6,5 +6,16 @@ Nothing synchronises with the host; every reduction has a fixed order.
 
 from fastattn.backends.triton.attention_backward import attention_backward
 from fastattn.backends.triton.attention_forward import attention_forward
+from fastattn.backends.triton.attention_weights import attention_weights, attention_weights_backward
+from fastattn.backends.triton.mask_tiles import mask_tiles
+from fastattn.backends.triton.masked_loss import masked_loss, masked_loss_backward_none
 
-__all__ = ["attention_backward", "attention_forward"]
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "attention_weights",
+    "attention_weights_backward",
+    "mask_tiles",
+    "masked_loss",
+    "masked_loss_backward_none",
+]
