@@ -13,6 +13,9 @@ from fastattn.testing import poisoned_buffers
 
 BACKENDS = ("cpu", "reference")
 
+# Kernels in Triton's interpreter need a process of their own: tests/test_triton.py starts it.
+collect_ignore = [] if dispatch.TRITON_INTERPRETED else ["triton"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the tests marked slow too (also: FASTATTN_FULL_TESTS=1)")
