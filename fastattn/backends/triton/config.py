@@ -1,13 +1,14 @@
 """Tile sizes, warps and pipeline stages: a table by kernel, device generation, head dim, dtype and kind of mask.
 
-Tests never tune. `FASTATTN_AUTOTUNE=1` makes `choose` time the candidates on the first call of each kind and print the
-lines to paste here.
+Nothing is measured at run time, unless FASTATTN_AUTOTUNE=1 asks for it: then the first launch of each kind tries the
+candidates (`CANDIDATES`) and prints the line to paste here. tests/test_triton_compile.py compiles every line.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ from fastattn.masks import KernelMask
 
 LOG2E = 1.4426950408889634
 SHORT_KEYS = 256  # up to this many keys are one tile
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CAPABILITIES = (80, 90, 100)
+AUTOTUNE = os.environ.get("FASTATTN_AUTOTUNE") == "1"
 
 
 @dataclass(frozen=True)
@@ -39,44 +41,136 @@ class Config:
         )
 
 
+# (kernel, generation, head dim as a tile holds it, up to) -> configuration of 16-bit problems. The generations before
+# 9.0 have 163 KB of shared memory a block, the later ones 227 KB. "listed" is for masks whose live tiles are listed, and
+# falls back to the plain line.
+_HALF: dict[tuple[str, int, int], Config] = {
+    ("forward", 80, 64): Config(128, 64, 4, 3),
+    ("forward", 80, 128): Config(128, 64, 8, 3),
+    ("forward", 80, 256): Config(64, 64, 8, 2),
+    ("forward", 90, 64): Config(128, 64, 4, 3),
+    ("forward", 90, 128): Config(128, 128, 8, 2),
+    ("forward", 90, 256): Config(128, 64, 8, 2),
+    ("forward listed", 90, 128): Config(128, 64, 8, 3),
+    ("dq", 80, 64): Config(64, 64, 4, 2),
+    ("dq", 80, 128): Config(64, 64, 8, 2),
+    ("dq", 80, 256): Config(64, 32, 8, 2),
+    ("dq", 90, 64): Config(128, 64, 8, 3),
+    ("dq", 90, 128): Config(128, 64, 8, 2),
+    ("dq", 90, 256): Config(64, 32, 8, 2),
+    ("dkv", 80, 64): Config(64, 128, 8, 2),
+    ("dkv", 80, 128): Config(32, 128, 8, 2),
+    ("dkv", 80, 256): Config(32, 64, 8, 2),
+    ("dkv", 90, 64): Config(64, 128, 8, 2),
+    ("dkv", 90, 128): Config(32, 128, 8, 2),
+    ("dkv", 90, 256): Config(32, 64, 8, 2),
+    ("dbias", 80, 64): Config(64, 64, 4, 2),
+    ("dbias", 80, 128): Config(64, 64, 8, 2),
+    ("dbias", 80, 256): Config(64, 64, 8, 1),
+}
+# float32 is computed by the ordinary arithmetic units, whose tiles hold operands in registers: small ones.
+_FLOAT32: dict[tuple[str, int, int], Config] = {
+    ("forward", 80, 64): Config(64, 32, 8, 2),
+    ("forward", 80, 128): Config(64, 32, 8, 2),
+    ("forward", 80, 256): Config(16, 32, 4, 2),
+    ("dq", 80, 64): Config(32, 32, 4, 2),
+    ("dq", 80, 128): Config(32, 32, 8, 2),
+    ("dq", 80, 256): Config(32, 16, 8, 2),
+    ("dkv", 80, 64): Config(32, 32, 4, 2),
+    ("dkv", 80, 128): Config(32, 32, 8, 2),
+    ("dkv", 80, 256): Config(16, 32, 8, 2),
+    ("dbias", 80, 64): Config(32, 32, 4, 2),
+    ("dbias", 80, 128): Config(32, 32, 8, 2),
+    ("dbias", 80, 256): Config(16, 16, 4, 2),
+}
+# In the interpreter: few elements, and tiles whose two sides differ.
+_INTERPRETED = {
+    "forward": Config(64, 64),
+    "dq": Config(32, 64),
+    "dkv": Config(64, 32),
+    "dbias": Config(64, 64),
+}
+# Bytes of stack that a kernel may spill at a head dim, where no smaller tile keeps the tensor cores busy.
+SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
+    ("attention_forward_kernel", 256): 16,
+    ("attention_forward_short_kernel", 64): 64,
+    ("attention_backward_dkv_kernel", 256): 160,
+}
+
+
+def capability(tensor: Tensor) -> int:
+    """80, 90, 100: the generation of the tensor's device; 0 in the interpreter."""
+    if not tensor.is_cuda:
+        return 0
+    major, _ = torch.cuda.get_device_capability(tensor.device)
+    return 80 if major < 9 else 90 if major == 9 else 100
+
+
+def _choose(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    generation = capability(query)
+    if not generation:
+        return _INTERPRETED[kernel]
+    table = _FLOAT32 if query.dtype == torch.float32 else _HALF
+    dim = max(64, block_dim(head_dim))
+    names = (kernel + " listed", kernel) if is_listed(mask) else (kernel,)
+    for name in names:
+        for known in (100, 90, 80):  # a generation without a line of its own takes the one before
+            if known <= generation and (name, known, dim) in table:
+                return table[name, known, dim]
+    raise KeyError((kernel, generation, dim))
+
+
 def forward(query: Tensor, len_k: int, head_dim: int, mask: KernelMask | None) -> Config:
-    dim = block_dim(head_dim)
     if 0 < len_k <= SHORT_KEYS:
-        return Config(64, max(16, triton.next_power_of_2(len_k)), 4, 2, short=True)
-    return Config(64, 64, 4 if dim <= 128 else 8, 2)
+        short = _short_forward(query, len_k, head_dim)
+        if short is not None:
+            return short
+    return _choose("forward", query, head_dim, mask)
+
+
+def _short_forward(query: Tensor, len_k: int, head_dim: int) -> Config | None:
+    """None where the keys and values do not fit."""
+    block_n = max(16, triton.next_power_of_2(len_k))
+    elements = block_n * block_dim(head_dim)
+    if query.dtype == torch.float32:
+        return Config(16, block_n, 4, 1, short=True) if elements <= 8192 else None
+    if elements > 32768:
+        return None
+    return Config(64, block_n, 8 if block_n > 128 else 4, 2, short=True)
 
 
 def backward_dq(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
-    return Config(64, 64, 4 if block_dim(head_dim) <= 64 else 8, 2)
+    return _choose("dq", query, head_dim, mask)
 
 
 def backward_dkv(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
-    return Config(64, 64, 4 if block_dim(head_dim) <= 64 else 8, 2)
+    return _choose("dkv", query, head_dim, mask)
 
 
 def backward_dbias(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
-    return Config(64, 64, 4 if block_dim(head_dim) <= 64 else 8, 2)
+    return _choose("dbias", query, head_dim, mask)
 
 
 def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
-    """None where the keys and their gradients do not fit."""
+    """None where the keys, the values and their gradients do not fit."""
     block_n = max(16, triton.next_power_of_2(len_k))
-    if len_k > SHORT_KEYS or block_n * block_dim(head_dim) > 16384:
+    elements = block_n * block_dim(head_dim)
+    if len_k > SHORT_KEYS or elements > (4096 if query.dtype == torch.float32 else 16384):
         return None
-    return Config(32, block_n, 4 if block_n <= 64 else 8, 2, short=True)
+    if query.dtype == torch.float32:
+        return Config(16, block_n, 4, 1, short=True)
+    return Config(32, block_n, 4 if elements <= 4096 else 8, 2, short=True)
+
+
+def weights(query: Tensor, head_dim: int) -> Config:
+    return _choose("dbias", query, head_dim, None)
 
 
 def programs_wanted(tensor: Tensor) -> int:
     """Enough programs to fill the device twice."""
-    if not tensor.is_cuda:
-        return 8
-    return 2 * _multiprocessors(tensor.device.index or 0)
+    return 2 * _multiprocessors(tensor.device.index or 0) if tensor.is_cuda else 8
 
 
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def weights(query: Tensor, head_dim: int) -> Config:
-    return Config(64, 64, 4, 2)
