@@ -1,9 +1,9 @@
 """Every line of the Triton configuration table, compiled for its GPUs without one.
 
-A fake driver names the GPU, and the backend's own launches compile instead of running. Checked in what comes out: shared
-memory within the device's limit, registers spilled within what the table allows, copies that overlap with computing
-(LDGSTS) in every loop over tiles, and the tensor cores of the generation. Triton caches the results by source and version in
-TRITON_CACHE_DIR (by default ~/.triton/cache).
+A fake driver names the GPU, and the backend's own launches compile instead of running. Checked in what comes out:
+shared memory within the device's limit, registers spilled within what the table allows, copies that overlap with
+computing (LDGSTS) in every loop over tiles, and the tensor cores of the generation. Triton caches the results by source
+and version in TRITON_CACHE_DIR (by default ~/.triton/cache).
 """
 
 import contextlib
@@ -133,7 +133,7 @@ def name_of(problem):
     return f"sm{capability}-{operation}-{str(dtype)[6:]}-d{dim}-s{length}-{masked}"
 
 
-@pytest.mark.parametrize("problem", problems(), ids=name_of)
+@pytest.mark.parametrize("problem", list(problems()), ids=name_of)
 def test_configurations_compile(problem, tmp_path):
     capability, operation, dtype, dim, length, masked = problem
     with compiling_for(capability) as compiled:
@@ -153,6 +153,22 @@ def test_configurations_compile(problem, tmp_path):
             assert re.search(TENSOR_CORES[capability], instructions), f"{name} does not use the tensor cores"
 
 
+@pytest.mark.parametrize("capability", config.CAPABILITIES)
+def test_losses_and_tile_maps_compile(capability, tmp_path):
+    images, patches = torch.zeros(2, 3, 64, 64), torch.ones(2, 4, 4, dtype=torch.bool)
+    keep = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
+    with compiling_for(capability) as compiled:
+        backend.masked_loss(images, images, patches, "l1", "masked_mean", 16, 1.0, True, 1e-6, True)
+        backend.mask_tiles([keep, keep[:, :, :1]], LENGTH, LENGTH, 64, 64)
+    assert {name for name, _ in compiled} == {"masked_loss_kernel", "mask_tiles_kernel", "mask_bitmaps_kernel"}
+    for name, kernel in compiled:
+        _, stack, instructions = inspect(kernel, tmp_path)
+        assert stack == 0, name
+        if name == "masked_loss_kernel":
+            # Neighbouring elements of a patch travel four at a time.
+            assert re.search(r"\bLDG\.E\.128", instructions), name
+
+
 def test_every_kind_of_mask_compiles_to_the_parts_it_has():
     # What is absent is a compile-time None: a causal kernel must not carry the code of the other kinds.
     with compiling_for(90) as compiled:
@@ -166,5 +182,3 @@ def test_report_of_a_spill_would_fail(tmp_path):
     with compiling_for(80) as compiled, mock.patch.object(config, "forward", lambda *_: config.Config(128, 128, 4, 2)):
         launch("forward", torch.bfloat16, 128, LENGTH, "causal")
     assert inspect(compiled[-1][1], tmp_path)[1] > 0
-
-

@@ -193,7 +193,8 @@ def random_cases(n: int, seed: int, dtype: torch.dtype | None = None) -> list[Ca
 
 
 def random_case(seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False) -> Case:
-    """Case `index` of `seed`; `small` bounds it further. One case in five has neither mask nor bias nor dropout, so that any kernel is judged."""
+    """Case `index` of `seed`; `small` bounds it further. One case in five has neither mask nor bias nor dropout, so
+    that any kernel is judged."""
     rng = random.Random(f"attention {seed} {index}")
     case = _random_sizes(rng, seed, index, small)
     case = replace(case, dtype=rng.choice(_DTYPE_BAG), layout=rng.choice(LAYOUTS))

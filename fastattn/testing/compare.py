@@ -123,8 +123,8 @@ def sdpa_peer(
     SDPA gets the mask as a dense tensor. It has no rule for empty rows that is the same on all its paths, so those rows
     see every key and get a zero gradient; their output is not compared. Its public function has no way to say which
     elements drop, no lse, and no bias in a dtype of its own: there the formula of its math path is evaluated with
-    torch's operators, as that path does, in the arithmetic dtype. The same is done for a kernel of `tensor_cores`, whose
-    peer is what SDPA's fused kernels compute on a GPU: see `_Rounded`.
+    torch's operators, as that path does, in the arithmetic dtype. The same is done for a kernel of `tensor_cores`,
+    whose peer is what SDPA's fused kernels compute on a GPU: see `_Rounded`.
     """
     case = problem.case
     round_to = case.dtype if tensor_cores and case.dtype in (torch.bfloat16, torch.float16) else None

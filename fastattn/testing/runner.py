@@ -71,7 +71,9 @@ def verify(
     if isinstance(target, str):
         target = resolve_target(target, signature)
     report = Report(target.name, target.signature, seed)
-    work = [(family, _in_able_dtype(target, p, device)) for family, p in _work(target, n, seed, dtype, case, loss, small)]
+    work = [
+        (family, _in_able_dtype(target, p, device)) for family, p in _work(target, n, seed, dtype, case, loss, small)
+    ]
     for family, problem in work:
         started = time.perf_counter()
         checks = _check(family, target, problem, forward_only, strict is not False and (strict or target.own), device)
@@ -110,15 +112,16 @@ def _work(
 
 def _in_able_dtype(target: Target, problem: _Case, device: str) -> _Case:
     """The problem in float32 where a backend of ours has no kernels for its dtype."""
-    own = problem.attention if isinstance(problem, WeightsCase) else problem
     if not target.own or target.name not in dispatch.BACKENDS:
         return problem
     why_not = dispatch.BACKENDS[target.name].why_not
-    wanted, other = (dispatch.Problem("attention", device, dtype) for dtype in (own.dtype, torch.float32))
+    dtype = problem.attention.dtype if isinstance(problem, WeightsCase) else problem.dtype
+    wanted, other = (dispatch.Problem("attention", device, each) for each in (dtype, torch.float32))
     if not why_not(wanted) or why_not(other):
         return problem
-    own = replace(own, dtype=torch.float32)
-    return replace(problem, attention=own) if isinstance(problem, WeightsCase) else own
+    if isinstance(problem, WeightsCase):
+        return replace(problem, attention=replace(problem.attention, dtype=torch.float32))
+    return replace(problem, dtype=torch.float32)
 
 
 def _check(

@@ -1,8 +1,8 @@
 """Makes Triton's interpreter fit for checking kernels: `install()` before the first launch, with TRITON_INTERPRET=1.
 
-Triton 3.6 and 3.7 interpret bfloat16 wrongly: arithmetic and products work on the raw 16 bits, and the cast from float32
-truncates. Repaired here: bfloat16 is computed in float32 and rounded to nearest even. With numpy >= 2.4, Triton 3.6 also
-fails on loops over a computed range.
+Triton 3.6 and 3.7 interpret bfloat16 wrongly: arithmetic and products work on the raw 16 bits, and the cast from
+float32 truncates. Repaired here: bfloat16 is computed in float32 and rounded to nearest even. With numpy >= 2.4, Triton
+3.6 also fails on loops over a computed range.
 
 Added: a load or store outside the tensors of the launch raises IndexError (the interpreter reads and writes whatever is
 there), and an element that one program writes and another touches raises RuntimeError (programs run one after another

@@ -27,7 +27,10 @@ def term(kind, **more):
 
 def case(size, **more):
     shape = dict(batch=1, heads_q=2, heads_kv=1, dim_qk=24, dim_v=24) | size | more
-    terms = tuple(TermSpec(t.kind, t.align, t.left, t.right, (shape["len_q"], shape["len_k"]), t.pattern) for t in more.get("terms", ()))
+    terms = tuple(
+        TermSpec(t.kind, t.align, t.left, t.right, (shape["len_q"], shape["len_k"]), t.pattern)
+        for t in more.get("terms", ())
+    )
     return Case(seed=5, index=1, **(shape | dict(terms=terms)))
 
 

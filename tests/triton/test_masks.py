@@ -48,7 +48,9 @@ def masks():
 
 
 @triton.jit
-def may_attend_kernel(out_ptr, mask, heads, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, T: tl.constexpr):
+def may_attend_kernel(
+    out_ptr, mask, heads, len_q, len_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, T: tl.constexpr
+):
     b = tl.program_id(1).to(tl.int64) // heads
     h = tl.program_id(1).to(tl.int64) % heads
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,5 +1,5 @@
-"""Attention backward (Dao 2023, "FlashAttention-2", algorithm 2), without atomics: one kernel owns dq, one owns dk and dv,
-one owns the bias gradient, each adding in a fixed order. Short key sequences take one kernel with every key resident.
+"""Attention backward (Dao 2023, "FlashAttention-2", algorithm 2), without atomics: one kernel owns dq, one owns dk and
+dv, one owns the bias gradient, each adding in a fixed order. Short key sequences take one kernel with every key resident.
 
 The same kernels serve the backward of the attention weights: there dp is the gradient of the weights themselves, read
 from memory (`weights_ptr`), and delta is 0.
@@ -88,7 +88,9 @@ def _less_grad_lse(delta, grad_lse_ptr, stride_glse, lse_ptr, b, h, rows, valid)
 
 @triton.jit
 def _load_grad_weights(weights_ptr, stride, weight_scale, b, h, rows, cols, len_q, len_k):
-    pointers = weights_ptr + b * stride[0] + h * stride[1] + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
+    pointers = (
+        weights_ptr + b * stride[0] + h * stride[1] + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
+    )
     loaded = tl.load(pointers, mask=(rows < len_q) & (cols < len_k), other=0.0)
     return loaded.to(tl.float32) * weight_scale
 
@@ -436,8 +438,8 @@ def attention_backward_dbias_kernel(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Owns one tile of the bias, and adds the gradient of everything it is broadcast to, in a fixed order. What is added
-    into few tiles is split over programs, whose partial tiles the host adds up."""
+    """Owns one tile of the bias, and adds the gradient of everything it is broadcast to, in a fixed order. What is
+    added into few tiles is split over programs, whose partial tiles are added up afterwards."""
     pid = tl.program_id(0)
     split = pid // num_own
     own = pid % num_own

@@ -40,7 +40,7 @@ from fastattn.masks import KernelMask
 def _scores(
     q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Scores [BLOCK_M, BLOCK_N] in units of log 2; with FOLD still without the scale, which the exponential takes in."""
+    """Scores [BLOCK_M, BLOCK_N] in units of log 2; FOLD: still without the scale, which the exponential takes in."""
     s = dot(q, tl.trans(k), None, PRECISION)
     if not FOLD:
         s = s * scale_log2
@@ -342,13 +342,18 @@ def attention_forward(
             tiles_per_program = max(1, min(num_m, B * Hq * num_m // config.programs_wanted(query)))
             num_parts = triton.cdiv(num_m, tiles_per_program)
             attention_forward_short_kernel[(B * Hq * num_parts,)](
-                *tensors, TileOperands(), *strides, *sizes, num_parts, tiles_per_program * block_m, *scalars, **constants
+                *tensors,
+                TileOperands(),
+                *strides,
+                *sizes,
+                num_parts,
+                tiles_per_program * block_m,
+                *scalars,
+                **constants,
             )
         else:
             tiles = TileOperands()
             if mask is not None and is_listed(mask):
                 tiles = live_tiles(mask, operands, L, S, block_m, block_n).rows
-            attention_forward_kernel[(B * Hq * num_m,)](
-                *tensors, tiles, *strides, *sizes, num_m, *scalars, **constants
-            )
+            attention_forward_kernel[(B * Hq * num_m,)](*tensors, tiles, *strides, *sizes, num_m, *scalars, **constants)
     return out, lse

@@ -1,8 +1,8 @@
 """What the attention kernels share: operands, the mask rule, ranges of tiles, dropout, products.
 
-Shapes in comments: BLOCK_M query rows, BLOCK_N keys. Positions within a head are int32 (L and S stay below 2**31); every
-offset into memory is int64. A mask part that is absent is None, and None is a compile-time constant, so that a kernel is
-compiled for the parts that are there.
+Shapes in comments: BLOCK_M query rows, BLOCK_N keys. Positions within a head are int32 (L and S stay below 2**31);
+every offset into memory is int64. A mask part that is absent is None, and None is a compile-time constant, so that a
+kernel is compiled for the parts that are there.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +35,12 @@ class Config:
 
     def constants(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
-        return dict(
-            BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
-# (kernel, generation, head dim as a tile holds it, up to) -> configuration of 16-bit problems. The generations before
-# 9.0 have 163 KB of shared memory a block, the later ones 227 KB. "listed" is for masks whose live tiles are listed, and
-# falls back to the plain line.
+# (kernel, generation, head dim as a tile holds it) -> configuration of 16-bit problems. The generations before 9.0 have
+# 163 KB of shared memory a block, the later ones 227 KB. "listed" is for masks whose live tiles are listed; without
+# such a line the plain one holds.
 _HALF: dict[tuple[str, int, int], Config] = {
     ("forward", 80, 64): Config(128, 64, 4, 3),
     ("forward", 80, 128): Config(128, 64, 8, 3),

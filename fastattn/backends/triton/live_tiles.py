@@ -1,8 +1,8 @@
 """Compact lists of live tiles, made on the device from the bitmaps of a dense mask, key padding and segments.
 
-An `if live:` around the loads of a key loop would switch software pipelining off; a loop over a list of live tiles keeps
-it. Two kernels: `live_tiles_kernel` classifies the tiles, `attended_keys_kernel` marks the keys that any query may
-attend to (nothing else is loaded by the attention kernels, so NaN elsewhere is never seen).
+An `if live:` around the loads of a key loop would switch software pipelining off; a loop over a list of live tiles
+keeps it. Two kernels: `live_tiles_kernel` classifies the tiles, `attended_keys_kernel` marks the keys that any query
+may attend to (nothing else is loaded by the attention kernels, so NaN elsewhere is never seen).
 """
 
 from __future__ import annotations

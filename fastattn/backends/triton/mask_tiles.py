@@ -1,5 +1,5 @@
-"""Packs dense masks and marks their tiles: the masks are read once, by programs of one tile each; a second, small kernel
-gathers the classes of the tiles into the bitmaps."""
+"""Packs dense masks and marks their tiles: the masks are read once, by programs of one tile each; a second, small
+kernel gathers the classes of the tiles into the bitmaps."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def mask_tiles_kernel(
     row = tl.arange(0, BLOCK_M)
     i = tile_m * block_m + row
     valid_row = (row < block_m) & (i < len_q)
-    any_pair = 0
-    every_pair = 1
+    any_pair = tile_n.to(tl.int32) * 0
+    every_pair = any_pair + 1
     for w in tl.static_range(WORDS):
         # [BLOCK_M, 8, 8]: eight bytes of eight bits; only sums of eight are made for every element.
         j0 = (tile_n * WORDS + w) * 64
@@ -46,7 +46,9 @@ def mask_tiles_kernel(
         inside = valid_row[:, None, None] & (j < len_k)[None, :, :]
         keep = inside
         for n in tl.static_range(NUM_MASKS):
-            offsets = b * strides[n][0] + h * strides[n][1] + i[:, None, None] * strides[n][2] + j[None, :, :] * strides[n][3]
+            offsets = (
+                b * strides[n][0] + h * strides[n][1] + i[:, None, None] * strides[n][2] + j[None, :, :] * strides[n][3]
+            )
             keep &= tl.load(masks[n] + offsets, mask=inside, other=0) != 0
         in_byte = tl.sum(keep.to(tl.int32) << tl.arange(0, 8)[None, None, :], 2)
         word = tl.sum(in_byte.to(tl.int64) << (tl.arange(0, 8) * 8)[None, :], 1)  # [BLOCK_M]

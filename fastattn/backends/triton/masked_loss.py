@@ -1,7 +1,8 @@
 """Masked reconstruction losses: one pass gives the loss and its gradient, and reads only what counts.
 
-Elements come in groups that share their counting as far as the layout allows: a patch of an image, or a row of the last
-dimension. A program takes a tile of [GROUPS, ELEMS]; its sum goes to a slot of its own, and the slots are added in order.
+Elements come in groups that share their counting as far as the layout allows: a patch of an image, or a row of the
+last dimension. A program takes a tile of [GROUPS, ELEMS]; its sum goes to a slot of its own, and the slots are added in
+order.
 """
 
 from __future__ import annotations
@@ -39,13 +40,19 @@ def _offsets(index, sizes, strides):
 def _counted(mask_ptr, strides, group, element, groups, elements, group_sizes, element_sizes):
     """Which of the tile's elements count, [GROUPS, ELEMS]."""
     inside = (group < groups)[:, None] & (element < elements)[None, :]
-    offsets = _offsets(group, group_sizes, strides.group)[:, None] + _offsets(element, element_sizes, strides.element)[None, :]
+    offsets = (
+        _offsets(group, group_sizes, strides.group)[:, None]
+        + _offsets(element, element_sizes, strides.element)[None, :]
+    )
     return inside & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
 
 
 @triton.jit
 def _load(ptr, strides, group, element, group_sizes, element_sizes, wanted):
-    offsets = _offsets(group, group_sizes, strides.group)[:, None] + _offsets(element, element_sizes, strides.element)[None, :]
+    offsets = (
+        _offsets(group, group_sizes, strides.group)[:, None]
+        + _offsets(element, element_sizes, strides.element)[None, :]
+    )
     return tl.load(ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
 
 
@@ -132,9 +139,7 @@ def masked_loss_kernel(
         if grad_ptr is not None:
             gradient = slope * scale
             if grad_loss_ptr is not None:
-                upstream = _load(
-                    grad_loss_ptr, grad_loss_strides, group, element, group_sizes, element_sizes, counted
-                )
+                upstream = _load(grad_loss_ptr, grad_loss_strides, group, element, group_sizes, element_sizes, counted)
                 gradient = tl.where(counted, gradient * upstream, 0.0)
             grad_offsets = _offsets(group, group_sizes, grad_strides.group)[:, None]
             grad_offsets += _offsets(element, element_sizes, grad_strides.element)[None, :]
