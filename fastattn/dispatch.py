@@ -66,7 +66,9 @@ def _triton_why_not(problem: Problem) -> list[str]:
         reasons.append(TRITON_FAILURE)
     if problem.device == "cuda":
         capability = _cuda_capability()
-        if capability < MIN_CAPABILITY_TRITON:
+        if capability is None:
+            reasons.append("torch sees no CUDA device")
+        elif capability < MIN_CAPABILITY_TRITON:
             reasons.append(f"it needs a GPU of capability 8.0 or later, this one has {capability[0]}.{capability[1]}")
         if TRITON_INTERPRETED:
             reasons.append("Triton's interpreter is on (TRITON_INTERPRET=1), which takes CPU tensors")
@@ -81,9 +83,11 @@ def _triton_why_not(problem: Problem) -> list[str]:
     return reasons
 
 
-@torch.compiler.assume_constant_result
-def _cuda_capability() -> tuple[int, int]:
-    return torch.cuda.get_device_capability()
+def _cuda_capability() -> tuple[int, int] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties()  # unlike get_device_capability a constant to torch.compile
+    return properties.major, properties.minor
 
 
 def _reference_why_not(problem: Problem) -> list[str]:

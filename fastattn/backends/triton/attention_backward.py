@@ -1,5 +1,6 @@
 """Attention backward (Dao 2023, "FlashAttention-2", algorithm 2), without atomics: one kernel owns dq, one owns dk and
-dv, one owns the bias gradient, each adding in a fixed order. Short key sequences take one kernel with every key resident.
+dv, one owns the bias gradient, each adding in a fixed order. Short key sequences take one kernel with every key
+resident.
 
 The same kernels serve the backward of the attention weights: there dp is the gradient of the weights themselves, read
 from memory (`weights_ptr`), and delta is 0.

@@ -42,7 +42,7 @@ class Config:
 # 163 KB of shared memory a block, the later ones 227 KB. "listed" is for masks whose live tiles are listed; without
 # such a line the plain one holds.
 _HALF: dict[tuple[str, int, int], Config] = {
-    ("forward", 80, 64): Config(128, 64, 4, 3),
+    ("forward", 80, 64): Config(128, 64, 8, 3),
     ("forward", 80, 128): Config(128, 64, 8, 3),
     ("forward", 80, 256): Config(64, 64, 8, 2),
     ("forward", 90, 64): Config(128, 64, 4, 3),
@@ -91,6 +91,7 @@ _INTERPRETED = {
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
     ("attention_forward_kernel", 256): 16,
     ("attention_forward_short_kernel", 64): 64,
+    ("attention_backward_dkv_kernel", 128): 16,
     ("attention_backward_dkv_kernel", 256): 160,
 }
 
@@ -131,7 +132,8 @@ def _short_forward(query: Tensor, len_k: int, head_dim: int) -> Config | None:
     elements = block_n * block_dim(head_dim)
     if query.dtype == torch.float32:
         return Config(16, block_n, 4, 1, short=True) if elements <= 8192 else None
-    if elements > 32768:
+    # Before 9.0 a product's accumulators lie in registers with its operands: 256 keys do not fit.
+    if elements > 32768 or (block_n > 128 and capability(query) == 80):
         return None
     return Config(64, block_n, 8 if block_n > 128 else 4, 2, short=True)
 
