@@ -7,6 +7,7 @@ and version in TRITON_CACHE_DIR (by default ~/.triton/cache).
 """
 
 import contextlib
+import gc
 import re
 import subprocess
 from pathlib import Path
@@ -74,6 +75,14 @@ def compiling_for(capability):
     finally:
         if driver is not None:
             triton.runtime.driver.set_active(driver)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_collection():
+    # The compiler's objects must not be freed half way through another compilation: Triton 3.7.1 then crashes.
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def tool(name, *arguments):

@@ -89,8 +89,10 @@ _INTERPRETED = {
 }
 # Bytes of stack that a kernel may spill at a head dim, where no smaller tile keeps the tensor cores busy.
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
-    ("attention_forward_kernel", 256): 16,
+    ("attention_forward_kernel", 128): 32,
+    ("attention_forward_kernel", 256): 32,
     ("attention_forward_short_kernel", 64): 64,
+    ("attention_backward_dkv_kernel", 64): 16,
     ("attention_backward_dkv_kernel", 128): 16,
     ("attention_backward_dkv_kernel", 256): 160,
 }
@@ -155,6 +157,8 @@ def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
     block_n = max(16, triton.next_power_of_2(len_k))
     elements = block_n * block_dim(head_dim)
     if len_k > SHORT_KEYS or elements > (4096 if query.dtype == torch.float32 else 16384):
+        return None
+    if block_n > 128 and capability(query) == 80:  # as in the forward
         return None
     if query.dtype == torch.float32:
         return Config(16, block_n, 4, 1, short=True)
