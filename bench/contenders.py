@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastattn
+from fastattn import dispatch
 from fastattn.testing.adapters import foreign_target
 
 OURS = "fastattn"
@@ -123,7 +124,8 @@ def _ours(case: AttentionCase, x: AttentionInputs) -> Made:
         assert x.make_mask is not None
         mask = x.make_mask()
         # The first call with a mask makes the form that the kernels take, and the mask keeps it.
-        mask.kernel_form(case.batch, case.heads_q, case.len_q, case.len_k, x.query.device, build=pack)
+        sizes = (case.batch, case.heads_q, case.len_q, case.len_k)
+        mask.kernel_form(*sizes, x.query.device, *dispatch.BACKENDS[backend or "reference"].tile, build=pack)
 
     return forward, None if x.make_mask is None else prepare
 
@@ -157,14 +159,30 @@ def _sdpa(case: AttentionCase, x: AttentionInputs) -> Made:
     return _masked_by_keep(case, x, run)
 
 
-def _sdpa_math(case: AttentionCase, x: AttentionInputs) -> Made:
-    forward, prepare = _sdpa(case, x)
+def _sdpa_on(backend: SDPBackend) -> Callable[[AttentionCase, AttentionInputs], Made]:
+    def make(case: AttentionCase, x: AttentionInputs) -> Made:
+        forward, prepare = _sdpa(case, x)
 
-    def with_math() -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return forward()
+        def on_backend() -> Tensor:
+            with sdpa_kernel(backend):
+                return forward()
 
-    return with_math, prepare
+        return on_backend, prepare
+
+    return make
+
+
+def _gpu_sdpa_why_not(name: str, takes_a_mask: bool) -> Callable[[AttentionCase], str | None]:
+    def why_not(case: AttentionCase) -> str | None:
+        if case.device == "cpu":
+            return f"SDPA's {name} kernels are for GPUs"
+        if name != "EFFICIENT" and case.dtype not in ("bfloat16", "float16"):
+            return f"SDPA's {name} kernels take 16-bit tensors"
+        if not takes_a_mask and case.mask not in ("dense", "causal", "dropout"):
+            return f"SDPA's {name} kernels take no mask and no bias"
+        return None
+
+    return why_not
 
 
 def eager_attention(
@@ -257,7 +275,10 @@ def attention_contenders() -> list[Contender]:
     return [
         _attention(OURS, _ours),
         _attention("sdpa", _sdpa),
-        _attention("sdpa-math", _sdpa_math),
+        _attention("sdpa-math", _sdpa_on(SDPBackend.MATH)),
+        _attention("sdpa-flash", _sdpa_on(SDPBackend.FLASH_ATTENTION), _gpu_sdpa_why_not("FLASH", False)),
+        _attention("sdpa-efficient", _sdpa_on(SDPBackend.EFFICIENT_ATTENTION), _gpu_sdpa_why_not("EFFICIENT", True)),
+        _attention("sdpa-cudnn", _sdpa_on(SDPBackend.CUDNN_ATTENTION), _gpu_sdpa_why_not("CUDNN", True)),
         _attention("eager", _eager),
         _attention("compile", _compiled_eager, slow_to_start=True),
         _attention("flex", _flex, _flex_why_not, slow_to_start=True),

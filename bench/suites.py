@@ -22,7 +22,7 @@ MHA_MASKS = ("dense", "padded", "causal")
 CONDITIONS = {"dense": Condition("sdpa", 1.0), "padded": Condition("sdpa", 2.0)}
 
 _PLAIN = frozenset({"sdpa", "eager"})
-_EVERYONE = _PLAIN | {"sdpa-math", "compile", "flex"}
+_EVERYONE = _PLAIN | {"sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "compile", "flex"}
 _MEASURED = frozenset({OURS, "sdpa", "eager"})
 
 

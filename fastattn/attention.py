@@ -192,7 +192,8 @@ def _flat_mask(mask: Any, sizes: _Sizes, device: torch.device, backend: str) -> 
     if mask is None:
         return ops.flatten_mask(None)
     batch, heads, len_q, len_k = sizes[:4]
-    return ops.flatten_mask(mask.kernel_form(batch, heads, len_q, len_k, device, build=_BUILDERS[backend]))
+    tile = dispatch.BACKENDS[backend].tile
+    return ops.flatten_mask(mask.kernel_form(batch, heads, len_q, len_k, device, *tile, build=_BUILDERS[backend]))
 
 
 def attention(

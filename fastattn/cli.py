@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -147,6 +148,8 @@ def _openmp_runtimes() -> list[str]:
 @click.option("--strict", is_flag=True, help="Empty rows and leaks of an SDPA-like function are failures, not notes.")
 @click.option("--loss/--no-loss", default=True, show_default=True, help="Also the masked losses (our backends).")
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors live.")
+@click.option("--small", is_flag=True, help="Smaller problems, for slow targets.")
+@click.option("--interpret", is_flag=True, help="Triton kernels on the CPU, in Triton's interpreter; implies --small.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the report there.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
 @click.pass_context
@@ -163,6 +166,8 @@ def verify_command(
     strict: bool,
     loss: bool,
     device: str,
+    small: bool,
+    interpret: bool,
     json_path: str | None,
     verbose: bool,
 ) -> None:
@@ -193,6 +198,17 @@ def verify_command(
         raise click.UsageError(f"give TARGET or --backend, not both (got {target!r} and {backend!r})")
     if backend and ":" in backend:
         raise click.UsageError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {backend!r}")
+    if interpret:
+        small = True
+        if not dispatch.TRITON_INTERPRETED:
+            # Triton reads the switch when it is imported, and a kernel is what it then is.
+            command = [sys.executable, "-m", "fastattn", *context.find_root().obj]
+            context.exit(subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"}))
+        if dispatch.TRITON_FAILURE is not None:
+            raise click.UsageError(f"--interpret: {dispatch.TRITON_FAILURE}")
+        from fastattn.testing import triton_interpreter
+
+        triton_interpreter.install()
     try:
         resolved = _resolve(target or backend, signature, device)
         if case is not None and parse_case(case)[0] != "attention" and not resolved.own:
@@ -212,6 +228,7 @@ def verify_command(
         loss=loss,
         strict=True if strict else None,
         device=device,
+        small=small,
     )
     console = _console()
     report.print(console, verbose=verbose or case is not None)
@@ -270,7 +287,8 @@ def _console() -> Console:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command `fastattn`: every error of usage is one line on stderr and exit code 2."""
     try:
-        code = cli.main(args=arguments, prog_name="fastattn", standalone_mode=False)
+        words = sys.argv[1:] if arguments is None else arguments
+        code = cli.main(args=words, prog_name="fastattn", standalone_mode=False, obj=words)
     except click.ClickException as error:
         where = getattr(error, "ctx", None)
         command = where.command_path if where is not None else "fastattn"

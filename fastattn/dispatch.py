@@ -7,6 +7,7 @@ runs or raises, it never falls back.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from typing import NamedTuple
 import torch
 
 MAX_HEAD_DIM_CPU = 512
+MAX_HEAD_DIM_TRITON = 256
+MIN_CAPABILITY_TRITON = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TRITON_DTYPES = KERNEL_DTYPES[:3]
 
 
 class Problem(NamedTuple):
@@ -36,6 +40,7 @@ class Backend:
     name: str
     module: str
     why_not: Callable[[Problem], list[str]]
+    tile: tuple[int, int] = (48, 64)  # queries by keys, of the tile map of a dense mask
 
 
 def _absent(name: str) -> Callable[[Problem], list[str]]:
@@ -55,6 +60,36 @@ def _cpu_why_not(problem: Problem) -> list[str]:
     return reasons
 
 
+def _triton_why_not(problem: Problem) -> list[str]:
+    reasons = []
+    if TRITON_FAILURE is not None:
+        reasons.append(TRITON_FAILURE)
+    if problem.device == "cuda":
+        capability = _cuda_capability()
+        if capability is None:
+            reasons.append("torch sees no CUDA device")
+        elif capability < MIN_CAPABILITY_TRITON:
+            reasons.append(f"it needs a GPU of capability 8.0 or later, this one has {capability[0]}.{capability[1]}")
+        if TRITON_INTERPRETED:
+            reasons.append("Triton's interpreter is on (TRITON_INTERPRET=1), which takes CPU tensors")
+    elif problem.device != "cpu" or not TRITON_INTERPRETED:
+        reasons.append(
+            f"it computes on CUDA tensors, these are on {problem.device!r} (CPU tensors: only with TRITON_INTERPRET=1)"
+        )
+    if problem.dtype not in TRITON_DTYPES:
+        reasons.append(f"it has no {problem.dtype} kernels")
+    if problem.head_dim > MAX_HEAD_DIM_TRITON:
+        reasons.append(f"its largest head dim is {MAX_HEAD_DIM_TRITON}, this one is {problem.head_dim}")
+    return reasons
+
+
+def _cuda_capability() -> tuple[int, int] | None:
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties()  # unlike get_device_capability a constant to torch.compile
+    return properties.major, properties.minor
+
+
 def _reference_why_not(problem: Problem) -> list[str]:
     return []
 
@@ -64,7 +99,7 @@ BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cuda", "fastattn.backends.native", _absent("cuda")),
-        Backend("triton", "fastattn.backends.triton", _absent("triton")),
+        Backend("triton", "fastattn.backends.triton", _triton_why_not, tile=(64, 64)),
         Backend("cpu", "fastattn.backends.native", _cpu_why_not),
         Backend("reference", "fastattn.backends.reference", _reference_why_not),
     )
@@ -82,6 +117,9 @@ def _import_native() -> str | None:
 # Why the compiled library cannot be loaded; None when it can. Tried once, at import: what torch.compile traces must be
 # plain data.
 NATIVE_FAILURE: str | None = _import_native()
+# Triton itself is imported when a kernel first runs: it takes longer than all of fastattn.
+TRITON_FAILURE: str | None = None if importlib.util.find_spec("triton") else "Triton is not installed"
+TRITON_INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

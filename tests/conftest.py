@@ -11,7 +11,11 @@ import torch
 from fastattn import dispatch
 from fastattn.testing import poisoned_buffers
 
-BACKENDS = ("cpu", "reference")
+# FASTATTN_TEST_BACKENDS=triton runs the same tests on that backend alone.
+BACKENDS = tuple(os.environ.get("FASTATTN_TEST_BACKENDS", "cpu,reference").split(","))
+
+# Kernels in Triton's interpreter need a process of their own: tests/test_triton.py starts it.
+collect_ignore = [] if dispatch.TRITON_INTERPRETED else ["triton"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

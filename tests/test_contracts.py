@@ -481,9 +481,10 @@ def test_contract_10_a_backend_that_cannot_run_raises_with_every_reason() -> Non
     query, key, value = make(1, 1, 4, 520), make(1, 1, 4, 520), make(1, 1, 4, 520)
     with pytest.raises(RuntimeError, match="cpu.*520"):
         fastattn.attention(query, key, value, backend="cpu")
-    for absent in ("cuda", "triton"):
-        with pytest.raises(RuntimeError, match=f"no {absent} backend"):
-            fastattn.attention(query, key, value, backend=absent)
+    with pytest.raises(RuntimeError, match="no cuda backend"):
+        fastattn.attention(query, key, value, backend="cuda")
+    with pytest.raises(RuntimeError, match="triton.*largest head dim is 256, this one is 520"):
+        fastattn.attention(query, key, value, backend="triton")
     with pytest.raises(ValueError, match="backend.*'metal'"):
         fastattn.attention(query, key, value, backend="metal")
     # Without a name the first able one runs, and the explanation has the reason for each other.

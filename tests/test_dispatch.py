@@ -64,9 +64,25 @@ def test_a_named_backend_never_falls_back(without_native):
         assert reason in str(error.value)
     with fastattn.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run this attention"):
         dispatch.select(problem)
-    for name in ("cuda", "triton"):
-        with pytest.raises(RuntimeError, match=f"this build has no {name} backend"):
-            dispatch.select(PROBLEM, name)
+    with pytest.raises(RuntimeError, match="this build has no cuda backend"):
+        dispatch.select(PROBLEM, "cuda")
+
+
+def test_triton_tells_every_reason(monkeypatch):
+    why_not = dispatch.BACKENDS["triton"].why_not
+    monkeypatch.setattr(dispatch, "TRITON_FAILURE", "Triton is not installed")
+    monkeypatch.setattr(dispatch, "TRITON_INTERPRETED", False)
+    reasons = why_not(dispatch.Problem("attention", "cpu", torch.float64, 300))
+    expected = ("not installed", "these are on 'cpu'", "no torch.float64 kernels", "largest head dim is 256")
+    assert len(reasons) == len(expected) and all(e in r for e, r in zip(expected, reasons, strict=True))
+    monkeypatch.setattr(dispatch, "TRITON_FAILURE", None)
+    monkeypatch.setattr(dispatch, "_cuda_capability", lambda: (7, 5))
+    assert why_not(PROBLEM._replace(device="cuda")) == ["it needs a GPU of capability 8.0 or later, this one has 7.5"]
+    monkeypatch.setattr(dispatch, "_cuda_capability", lambda: (9, 0))
+    assert why_not(PROBLEM._replace(device="cuda")) == []
+    monkeypatch.setattr(dispatch, "TRITON_INTERPRETED", True)
+    assert why_not(PROBLEM) == []
+    assert "interpreter is on" in why_not(PROBLEM._replace(device="cuda"))[0]
 
 
 @pytest.mark.parametrize("name", ["gpu", "", "CPU", 3, True])

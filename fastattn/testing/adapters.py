@@ -32,6 +32,8 @@ from fastattn.testing.compare import open_empty_rows
 from fastattn.testing.oracle import allowed_in
 
 SIGNATURES = ("sdpa", "fastattn")
+# Backends of ours whose products of 16-bit tensors take 16-bit operands.
+TENSOR_CORE_BACKENDS = ("cuda", "triton")
 # What a function may raise to say that it does not take a problem.
 REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError, AssertionError)
 
@@ -58,6 +60,10 @@ class Target:
         if self.signature == "sdpa":
             return self._call_sdpa(problem, query, key, value, bias, open_rows), None
         return self._call_fastattn(problem, query, key, value, bias)
+
+    @property
+    def tensor_cores(self) -> bool:
+        return self.own and self.name in TENSOR_CORE_BACKENDS
 
     @property
     def gives_lse(self) -> bool:

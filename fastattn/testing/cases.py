@@ -32,6 +32,9 @@ ALIGNMENTS = ("top_left", "bottom_right")
 # Bounds on one case, so that the float64 oracle stays within a fraction of a second on two cores.
 MAX_PAIRS = 600_000  # B * Hq * L * S
 MAX_WORK = 24_000_000  # B * Hq * L * S * (D + Dv)
+# The same for slow targets, such as a kernel in an interpreter.
+SMALL_PAIRS = 20_000
+SMALL_WORK = 2_000_000
 
 GUARD = 72  # guard elements before and after a carved tensor
 
@@ -189,10 +192,11 @@ def random_cases(n: int, seed: int, dtype: torch.dtype | None = None) -> list[Ca
     return [random_case(seed, index, dtype) for index in range(n)]
 
 
-def random_case(seed: int, index: int, dtype: torch.dtype | None = None) -> Case:
-    """Case `index` of `seed`. One case in five has neither mask nor bias nor dropout, so that any kernel is judged."""
+def random_case(seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False) -> Case:
+    """Case `index` of `seed`; `small` bounds it further. One case in five has neither mask nor bias nor dropout, so
+    that any kernel is judged."""
     rng = random.Random(f"attention {seed} {index}")
-    case = _random_sizes(rng, seed, index)
+    case = _random_sizes(rng, seed, index, small)
     case = replace(case, dtype=rng.choice(_DTYPE_BAG), layout=rng.choice(LAYOUTS))
     if rng.random() < 0.2:
         case = replace(case, scale=rng.choice((0.05, 0.3, 1.0, -0.2)))
@@ -216,8 +220,8 @@ def random_weights_cases(n: int, seed: int, dtype: torch.dtype | None = None) ->
     return [random_weights_case(seed, index, dtype) for index in range(n)]
 
 
-def random_weights_case(seed: int, index: int, dtype: torch.dtype | None = None) -> WeightsCase:
-    attention = random_case(seed + 7_000_003, index, dtype)
+def random_weights_case(seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False) -> WeightsCase:
+    attention = random_case(seed + 7_000_003, index, dtype, small)
     return WeightsCase(replace(attention, index=index, lse_grad=False), average_heads=index % 3 != 2)
 
 
@@ -225,7 +229,7 @@ def random_loss_cases(n: int, seed: int, dtype: torch.dtype | None = None) -> li
     return [random_loss_case(seed, index, dtype) for index in range(n)]
 
 
-def random_loss_case(seed: int, index: int, dtype: torch.dtype | None = None) -> LossCase:
+def random_loss_case(seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False) -> LossCase:
     rng = random.Random(f"loss {seed} {index}")
     layout = ("image", "token", "element")[index % 3]
     batch = rng.choice((1, 2, 3, 0 if rng.random() < 0.2 else 2))
@@ -264,7 +268,8 @@ def random_loss_case(seed: int, index: int, dtype: torch.dtype | None = None) ->
 _DTYPE_BAG = (torch.float32,) * 4 + (torch.bfloat16,) * 2 + (torch.float16,) * 2 + (torch.float64,)
 
 
-def _random_sizes(rng: random.Random, seed: int, index: int) -> Case:
+def _random_sizes(rng: random.Random, seed: int, index: int, small: bool) -> Case:
+    max_pairs, max_work = (SMALL_PAIRS, SMALL_WORK) if small else (MAX_PAIRS, MAX_WORK)
     heads_kv = rng.choice((1, 2, 3))
     group = rng.choice((1, 1, 1, 2, 4))
     len_q, len_k = rng.choice(LENGTHS), rng.choice(LENGTHS)
@@ -285,7 +290,7 @@ def _random_sizes(rng: random.Random, seed: int, index: int) -> Case:
     def pairs() -> int:
         return batch * heads_kv * group * len_q * len_k
 
-    while pairs() > MAX_PAIRS or pairs() * (dim_qk + dim_v) > MAX_WORK:
+    while pairs() > max_pairs or pairs() * (dim_qk + dim_v) > max_work:
         if batch > 1:
             batch -= 1
         elif heads_kv > 1:

@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastattn.testing.adapters import REFUSALS, Target, Unsupported, mask_of
+from fastattn.testing.adapters import REFUSALS, TENSOR_CORE_BACKENDS, Target, Unsupported, mask_of
 from fastattn.testing.cases import Case, LossCase, Problem, WeightsCase, build_problem, carve, dtype_name
 from fastattn.testing.compare import compare, eager_loss_peer, open_empty_rows, sdpa_peer, weights_peer
 from fastattn.testing.oracle import (
@@ -249,8 +249,8 @@ class _AttentionRun:
     def _check_values(self, problem: Problem, allowed: Tensor, keep: Tensor | None, seen: Outcome) -> list[Check]:
         case = self.case
         gradients = self.gradients and not seen.backward_refusal
-        expected = attention_oracle(problem, allowed, keep, gradients)
-        peer = sdpa_peer(problem, allowed, keep, gradients) if allowed.numel() else {}
+        expected = attention_oracle(problem, allowed, keep, gradients, self.target.tensor_cores)
+        peer = sdpa_peer(problem, allowed, keep, gradients, self.target.tensor_cores) if allowed.numel() else {}
         select = {"out": ~self._empty_rows(problem)} if self.open_rows else {}
         dtypes = {"lse": torch.float32}
         if problem.bias is not None:
@@ -414,13 +414,14 @@ def check_weights(backend: str, weights_case: WeightsCase, device: str = "cpu") 
     before = [buffer.clone() for buffer in problem.buffers]
     seen = run(NAN)
     written = any(not same_bits(b, buffer) for b, buffer in zip(before, problem.buffers, strict=True))
-    expected = weights_oracle(problem, allowed, keep, lse, weights_case.average_heads, grad_weights)
+    tensor_cores = backend in TENSOR_CORE_BACKENDS
+    expected = weights_oracle(problem, allowed, keep, lse, weights_case.average_heads, grad_weights, tensor_cores)
     dtypes = {"dlse": torch.float32}
     if problem.bias is not None:
         dtypes["dbias"] = problem.bias.dtype
-    peer = (
-        weights_peer(problem, allowed, keep, lse, weights_case.average_heads, grad_weights) if allowed.numel() else {}
-    )
+    peer = {}
+    if allowed.numel():
+        peer = weights_peer(problem, allowed, keep, lse, weights_case.average_heads, grad_weights, tensor_cores)
     checks = [_compare(name, seen[name], expected, peer, dtypes.get(name, case.dtype)) for name in expected.values]
     checks.append(Check("inputs", FAIL if written else PASS, "an input tensor was written" if written else ""))
     different = _differences(seen, run(1.0))

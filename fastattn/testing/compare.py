@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -114,15 +115,19 @@ def _failure(name: str, message: str) -> Comparison:
 # ---------------------------------------------------------------------------------------------------------------- peers
 
 
-def sdpa_peer(problem: Problem, allowed: Tensor, keep: Tensor | None, gradients: bool = True) -> dict[str, Tensor]:
+def sdpa_peer(
+    problem: Problem, allowed: Tensor, keep: Tensor | None, gradients: bool = True, tensor_cores: bool = False
+) -> dict[str, Tensor]:
     """out, lse, dq, dk, dv, dbias of torch's SDPA on the problem in its own dtype.
 
     SDPA gets the mask as a dense tensor. It has no rule for empty rows that is the same on all its paths, so those rows
     see every key and get a zero gradient; their output is not compared. Its public function has no way to say which
     elements drop, no lse, and no bias in a dtype of its own: there the formula of its math path is evaluated with
-    torch's operators, as that path does, in the arithmetic dtype.
+    torch's operators, as that path does, in the arithmetic dtype. The same is done for a kernel of `tensor_cores`,
+    whose peer is what SDPA's fused kernels compute on a GPU: see `_Rounded`.
     """
     case = problem.case
+    round_to = case.dtype if tensor_cores and case.dtype in (torch.bfloat16, torch.float16) else None
     inputs = {"dq": problem.query, "dk": problem.key, "dv": problem.value}
     if problem.bias is not None:
         inputs["dbias"] = problem.bias
@@ -131,8 +136,8 @@ def sdpa_peer(problem: Problem, allowed: Tensor, keep: Tensor | None, gradients:
     empty, attn_mask = open_empty_rows(allowed, bias, plain=not problem.terms)
     grad_out = problem.grad_out.detach().cpu().masked_fill(empty.unsqueeze(-1), 0.0)
     upstream = [grad_out]
-    if problem.grad_lse is not None or keep is not None or case.bias_float32:
-        out, lse = _composite(query, key, value, attn_mask, keep, case.dropout_p, case.effective_scale)
+    if problem.grad_lse is not None or keep is not None or case.bias_float32 or round_to is not None:
+        out, lse = _composite(query, key, value, attn_mask, keep, case.dropout_p, case.effective_scale, round_to)
     else:
         out = F.scaled_dot_product_attention(
             query, key, value, attn_mask, scale=case.effective_scale, enable_gqa=case.heads_q != case.heads_kv
@@ -168,6 +173,24 @@ def open_empty_rows(allowed: Tensor, bias: Tensor | None, plain: bool) -> tuple[
     return empty, torch.where(closed, 0.0, torch.where(allowed, bias, float("-inf"))).to(bias.dtype)
 
 
+class _Rounded(torch.autograd.Function):
+    """The value rounded to one dtype, its gradient to another; None rounds nothing.
+
+    A tensor core takes 16-bit operands, so fused kernels on a GPU (FlashAttention-2 and those of SDPA) round the
+    probabilities before P V and Pᵀ dO, and dS before dS K and dSᵀ Q. CPU kernels, computing in float32, do not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: torch.dtype | None, gradient: torch.dtype | None) -> Tensor:
+        ctx.gradient = gradient
+        return x if value is None else x.to(value).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = gradients
+        return gradient if ctx.gradient is None else gradient.to(ctx.gradient).to(gradient.dtype), None, None
+
+
 def _composite(
     query: Tensor,
     key: Tensor,
@@ -176,11 +199,12 @@ def _composite(
     keep: Tensor | None,
     dropout_p: float,
     scale: float,
+    round_to: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     arithmetic = arithmetic_dtype(query.dtype)
     group = query.shape[1] // key.shape[1]
     q, k, v = query.to(arithmetic), key.to(arithmetic), value.to(arithmetic)
-    scores = (q @ k.repeat_interleave(group, dim=1).transpose(-1, -2)) * scale
+    scores = _Rounded.apply(q @ k.repeat_interleave(group, dim=1).transpose(-1, -2), None, round_to) * scale
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
@@ -189,6 +213,7 @@ def _composite(
     weights = torch.softmax(scores, dim=-1)
     if keep is not None:
         weights = weights * keep / (1.0 - dropout_p)
+    weights = _Rounded.apply(weights, round_to, None)
     return (weights @ v.repeat_interleave(group, dim=1)).to(query.dtype), lse
 
 
@@ -199,6 +224,7 @@ def weights_peer(
     lse: Tensor,
     average_heads: bool,
     grad_weights: Tensor,
+    tensor_cores: bool = False,
 ) -> dict[str, Tensor]:
     """attention_weights and its gradients with torch's operators in the arithmetic dtype. SDPA has no such output."""
     case = problem.case
@@ -208,7 +234,8 @@ def weights_peer(
     inputs = {name: tensor.detach().cpu().requires_grad_() for name, tensor in inputs.items()}
     arithmetic = arithmetic_dtype(case.dtype)
     q, k = inputs["dq"].to(arithmetic), inputs["dk"].to(arithmetic)
-    scores = (q @ k.repeat_interleave(case.heads_q // case.heads_kv, dim=1).transpose(-1, -2)) * case.effective_scale
+    scores = q @ k.repeat_interleave(case.heads_q // case.heads_kv, dim=1).transpose(-1, -2)
+    scores = _Rounded.apply(scores, None, case.dtype if tensor_cores else None) * case.effective_scale
     if problem.bias is not None:
         scores = scores + inputs["dbias"].to(arithmetic)
     shift = inputs["dlse"].to(arithmetic).masked_fill(lse.cpu() == float("-inf"), 0.0)

@@ -12,7 +12,9 @@ first-order majorant of the rounding of one straightforward evaluation of the fo
 * a score ``s`` enters through ``exp``, which turns its absolute error ``u * |s|`` into a relative one of the
   probability: so every probability carries the weight ``EXP_ULPS + size of the score + |bias|``, where the size of a
   score is that of `dot_size`;
-* storing the result in its dtype adds ``u_store * |value|``, or half the smallest subnormal.
+* storing the result in its dtype adds ``u_store * |value|``, or half the smallest subnormal;
+* a kernel of tensor cores rounds the 16-bit operands of its second products, the probabilities and dS: those roundings
+  are independent, so they add up as the root of the sum of squares.
 
 ``u`` is the unit roundoff of the arithmetic (float64 for float64, else float32: bfloat16 and float16 are storage
 formats here, and a kernel that accumulates in them is faulty), ``u_store`` that of the tensor's dtype.
@@ -157,7 +159,9 @@ def dropout_keep(batch: int, heads_q: int, len_q: int, len_k: int, p: float, see
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def attention_oracle(problem: Problem, allowed: Tensor, keep: Tensor | None, gradients: bool = True) -> Expected:
+def attention_oracle(
+    problem: Problem, allowed: Tensor, keep: Tensor | None, gradients: bool = True, tensor_cores: bool = False
+) -> Expected:
     """Expected out, lse, dq, dk, dv, dbias of `problem`. `allowed` and `keep` (dropout) are (B, Hq, L, S)."""
     case = problem.case
     q, k, v = (t.detach().cpu().double().requires_grad_(gradients) for t in (problem.query, problem.key, problem.value))
@@ -185,6 +189,8 @@ def attention_oracle(problem: Problem, allowed: Tensor, keep: Tensor | None, gra
 
     with torch.no_grad():
         _attention_noise(problem, expected, probabilities.detach(), dropped.detach(), drop, grad_out, grad_lse)
+        if tensor_cores and case.dtype in (torch.bfloat16, torch.float16):
+            _operand_noise(problem, expected, probabilities.detach(), dropped.detach(), drop, grad_out, grad_lse)
     return expected
 
 
@@ -269,6 +275,42 @@ def _attention_noise(
         noise["dbias"] = _store(values["dbias"], problem.bias.dtype) + ds.sum_to_size(problem.bias.shape)
 
 
+def _operand_noise(
+    problem: Problem,
+    expected: Expected,
+    p: Tensor,
+    dropped: Tensor,
+    drop: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+) -> None:
+    """Adds what rounding the operands P and dS to the dtype of the problem may cost."""
+    case, noise = problem.case, expected.noise
+    group = case.heads_q // case.heads_kv
+    q, k, v = (t.detach().cpu().double() for t in (problem.query, problem.key, problem.value))
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    rounded_p = _store(dropped, case.dtype).square()
+    noise["out"] = noise["out"] + (rounded_p @ v.square()).sqrt()
+    if "dq" not in expected.values:
+        return
+    dp = grad_out @ v.transpose(-1, -2)
+    if drop is not None:
+        dp = dp * drop
+    ds = dp - (p * dp).sum(dim=-1, keepdim=True)
+    if grad_lse is not None:
+        ds = ds + grad_lse.unsqueeze(-1)
+    noise["dv"] = noise["dv"] + _sum_groups(rounded_p.transpose(-1, -2) @ grad_out.square(), group).sqrt()
+    _add_rounded_ds(noise, p * ds, q, k, case.dtype, abs(case.effective_scale), group)
+
+
+def _add_rounded_ds(
+    noise: dict[str, Tensor], ds: Tensor, q: Tensor, k: Tensor, dtype: torch.dtype, scale: float, group: int
+) -> None:
+    rounded = _store(ds, dtype).square()
+    noise["dq"] = noise["dq"] + scale * (rounded @ k.square()).sqrt()
+    noise["dk"] = noise["dk"] + scale * _sum_groups(rounded.transpose(-1, -2) @ q.square(), group).sqrt()
+
+
 def _store(value: Tensor, dtype: torch.dtype) -> Tensor:
     """What rounding a value to `dtype` may cost. Zero is exact."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -284,7 +326,13 @@ def _sum_groups(per_head: Tensor, group: int) -> Tensor:
 
 
 def weights_oracle(
-    problem: Problem, allowed: Tensor, keep: Tensor | None, lse: Tensor, average_heads: bool, grad_weights: Tensor
+    problem: Problem,
+    allowed: Tensor,
+    keep: Tensor | None,
+    lse: Tensor,
+    average_heads: bool,
+    grad_weights: Tensor,
+    tensor_cores: bool = False,
 ) -> Expected:
     """Expected weights = exp(scores - lse) (B, L, S) or (B, Hq, L, S), and dq, dk, dbias, dlse. `lse` is taken as
     given: an independent input, -inf on empty rows."""
@@ -325,6 +373,10 @@ def weights_oracle(
         ds = per_head * upstream_size
         noise["dq"] = _store(values["dq"], case.dtype) + scale * (ds @ k_size)
         noise["dk"] = _store(values["dk"], case.dtype) + _sum_groups(scale * (ds.transpose(-1, -2) @ q_size), group)
+        if tensor_cores and case.dtype in (torch.bfloat16, torch.float16):
+            signed = dropped * (upstream.unsqueeze(1) / case.heads_q if average_heads else upstream)
+            heads = k.repeat_interleave(group, dim=1)
+            _add_rounded_ds(noise, signed, q, heads, case.dtype, scale, group)
         # lse is float32 outside, and so is its gradient.
         noise["dlse"] = _store(values["dlse"], torch.float32) + ds.sum(dim=-1)
         if problem.bias is not None and bias is not None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
+from fastattn import dispatch
 from fastattn.testing.adapters import Target, foreign_target, own_target
 from fastattn.testing.cases import (
     Case,
@@ -20,6 +22,7 @@ from fastattn.testing.cases import (
 from fastattn.testing.checks import FAIL, Check, check_attention, check_loss, check_weights
 from fastattn.testing.report import CaseResult, Report
 
+_Case = Case | WeightsCase | LossCase
 FAMILIES = ("attention", "weights", "loss")
 
 
@@ -51,6 +54,7 @@ def verify(
     loss: bool = True,
     strict: bool | None = None,
     device: str = "cpu",
+    small: bool = False,
     progress: Callable[[CaseResult, int], None] | None = None,
 ) -> Report:
     """Runs `n` random attention problems of `seed` against `target`, and reports.
@@ -59,6 +63,7 @@ def verify(
     One of our backends also gets n / 5 problems of attention_weights and, unless `loss` is False, n / 2 of the masked
     losses. case: run only this one ("17", "weights:3", "loss:5"). strict: hold a function with SDPA's signature to our
     rules on empty rows and leaks, which SDPA does not promise (the default for ours, and for fastattn's signature).
+    small: bound the attention problems further, for slow targets such as a kernel in an interpreter.
     progress: called after each case with its result and the number of cases.
     """
     if n < 1:
@@ -66,13 +71,15 @@ def verify(
     if isinstance(target, str):
         target = resolve_target(target, signature)
     report = Report(target.name, target.signature, seed)
-    work = list(_work(target, n, seed, dtype, case, loss))
+    work = [
+        (family, _in_able_dtype(target, p, device)) for family, p in _work(target, n, seed, dtype, case, loss, small)
+    ]
     for family, problem in work:
         started = time.perf_counter()
         checks = _check(family, target, problem, forward_only, strict is not False and (strict or target.own), device)
         seconds = time.perf_counter() - started
         label = str(problem.index) if family == "attention" else f"{family}:{problem.index}"
-        command = _command(target, seed, label, forward_only, dtype, strict, device)
+        command = _command(target, seed, label, forward_only, dtype, strict, device, small)
         result = CaseResult(problem, label, checks, command, seconds)
         report.results.append(result)
         if progress is not None:
@@ -81,7 +88,7 @@ def verify(
 
 
 def _work(
-    target: Target, n: int, seed: int, dtype: torch.dtype | None, case: str | None, loss: bool
+    target: Target, n: int, seed: int, dtype: torch.dtype | None, case: str | None, loss: bool, small: bool
 ) -> Iterator[tuple[str, Case | WeightsCase | LossCase]]:
     makers: dict[str, Callable[..., Case | WeightsCase | LossCase]] = {
         "attention": random_case,
@@ -92,15 +99,29 @@ def _work(
         family, index = parse_case(case)
         if family != "attention" and not target.own:
             raise ValueError(f"case {case!r} is for our backends only; {target.name} is an attention function")
-        yield family, makers[family](seed, index, dtype)
+        yield family, makers[family](seed, index, dtype, small)
         return
     for index in range(n):
-        yield "attention", random_case(seed, index, dtype)
+        yield "attention", random_case(seed, index, dtype, small)
     if target.own:
         for index in range(n // 5):
-            yield "weights", random_weights_case(seed, index, dtype)
+            yield "weights", random_weights_case(seed, index, dtype, small)
         for index in range(n // 2 if loss else 0):
-            yield "loss", random_loss_case(seed, index, dtype)
+            yield "loss", random_loss_case(seed, index, dtype, small)
+
+
+def _in_able_dtype(target: Target, problem: _Case, device: str) -> _Case:
+    """The problem in float32 where a backend of ours has no kernels for its dtype."""
+    if not target.own or target.name not in dispatch.BACKENDS:
+        return problem
+    why_not = dispatch.BACKENDS[target.name].why_not
+    dtype = problem.attention.dtype if isinstance(problem, WeightsCase) else problem.dtype
+    wanted, other = (dispatch.Problem("attention", device, each) for each in (dtype, torch.float32))
+    if not why_not(wanted) or why_not(other):
+        return problem
+    if isinstance(problem, WeightsCase):
+        return replace(problem, attention=replace(problem.attention, dtype=torch.float32))
+    return replace(problem, dtype=torch.float32)
 
 
 def _check(
@@ -130,6 +151,7 @@ def _command(
     dtype: torch.dtype | None,
     strict: bool | None,
     device: str,
+    small: bool,
 ) -> str:
     words = ["fastattn verify", target.name, f"--seed {seed}", f"--case {label}"]
     if ":" in target.name:
@@ -142,4 +164,6 @@ def _command(
         words.append("--strict")
     if device != "cpu":
         words.append(f"--device {device}")
+    if small:
+        words.append("--small")
     return " ".join(words)

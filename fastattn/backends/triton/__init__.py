@@ -1,0 +1,21 @@
+"""The Triton backend: one file an operation, the functions and arguments that every backend has.
+
+Runs on CUDA devices of capability 8.0 or later, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
+Nothing synchronises with the host; every reduction has a fixed order.
+"""
+
+from fastattn.backends.triton.attention_backward import attention_backward
+from fastattn.backends.triton.attention_forward import attention_forward
+from fastattn.backends.triton.attention_weights import attention_weights, attention_weights_backward
+from fastattn.backends.triton.mask_tiles import mask_tiles
+from fastattn.backends.triton.masked_loss import masked_loss, masked_loss_backward_none
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "attention_weights",
+    "attention_weights_backward",
+    "mask_tiles",
+    "masked_loss",
+    "masked_loss_backward_none",
+]

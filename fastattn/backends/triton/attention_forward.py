@@ -1,0 +1,359 @@
+"""Attention forward: tiled online softmax (Dao 2023, "FlashAttention-2", algorithm 1), and a single-tile path for short
+key sequences."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastattn.backends.triton import config
+from fastattn.backends.triton.common import (
+    LN2,
+    NEG_INF,
+    TileOperands,
+    attended_keys,
+    block_dim,
+    dot,
+    dot_precision,
+    dropout_keep,
+    dropout_limit,
+    full_tile,
+    is_listed,
+    load_bias,
+    load_rows,
+    mask_operands,
+    may_attend,
+    on_device,
+    partial_tile,
+    rows_of,
+    store_rows,
+    strides_of,
+    tile_plan,
+)
+from fastattn.backends.triton.live_tiles import live_tiles
+from fastattn.masks import KernelMask
+
+
+@triton.jit
+def _scores(
+    q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores [BLOCK_M, BLOCK_N] in units of log 2; FOLD: still without the scale, which the exponential takes in."""
+    s = dot(q, tl.trans(k), None, PRECISION)
+    if not FOLD:
+        s = s * scale_log2
+    if bias_ptr is not None:
+        s += load_bias(bias_ptr, stride_bias, b, h, rows[:, None], cols[None, :], len_q, len_k)
+    return s
+
+
+@triton.jit
+def _softmax_step(s, m_i, l_i, scale_log2, FOLD: tl.constexpr, MASKED: tl.constexpr):
+    """One tile of the online softmax: (p, new maximum, factor for what was accumulated, new sum)."""
+    if FOLD:
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
+    else:
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+    shift = m_new
+    if MASKED:
+        # A row that has seen nothing: -inf - -inf would be NaN.
+        shift = tl.where(m_new == NEG_INF, 0.0, m_new)
+    if FOLD:
+        p = tl.math.exp2(s * scale_log2 - shift[:, None])
+    else:
+        p = tl.math.exp2(s - shift[:, None])
+    alpha = tl.math.exp2(m_i - shift)
+    return p, m_new, alpha, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _forward_tiles(
+    acc,  # [BLOCK_M, BLOCK_DV]
+    m_i,  # [BLOCK_M]
+    l_i,  # [BLOCK_M]
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,
+    v_ptr,
+    stride_kn,
+    stride_vn,
+    bias_ptr,
+    stride_bias,
+    mask,
+    tiles,
+    plan,
+    seed,
+    dropout_limit,
+    b,
+    h,
+    m0,
+    rows,
+    len_q,
+    len_k,
+    scale_log2,
+    FOLD: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    if MASKED:
+        count = plan[1]
+    else:
+        count = plan[0]
+    for t in range(0, count):
+        if MASKED:
+            n0 = partial_tile(t, plan, tiles) * BLOCK_N
+        else:
+            n0 = full_tile(t, plan, tiles) * BLOCK_N
+        cols = n0 + tl.arange(0, BLOCK_N)
+        if MASKED:
+            live = attended_keys(mask, tiles, b, h, cols, len_q, len_k)
+        else:
+            live = cols < len_k
+        k = load_rows(k_ptr, stride_kn, cols, live, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
+        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
+        if MASKED:
+            keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
+            s = tl.where(keep, s, NEG_INF)
+        p, m_i, alpha, l_i = _softmax_step(s, m_i, l_i, scale_log2, FOLD, MASKED or bias_ptr is not None)
+        acc = acc * alpha[:, None]
+        if HAS_DROPOUT:
+            p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
+        v = load_rows(v_ptr, stride_vn, cols, live, HEAD_DIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
+        acc = dot(p.to(v.dtype), v, acc, PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _store_output(
+    acc,
+    m_i,
+    l_i,
+    out_ptr,
+    stride_om,
+    lse_ptr,
+    rows,
+    len_q,
+    dropout_scale,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    valid = rows < len_q
+    empty = l_i == 0.0  # NaN is not empty
+    # What dropout keeps is scaled here, once a row.
+    out = acc * (dropout_scale / tl.where(empty, 1.0, l_i))[:, None]
+    store_rows(out_ptr, stride_om, rows, valid, out, HEAD_DIM_V, BLOCK_DV)
+    lse = tl.where(empty, NEG_INF, (m_i + tl.math.log2(tl.where(empty, 1.0, l_i))) * LN2)
+    tl.store(lse_ptr + rows, lse, mask=valid)
+
+
+@triton.jit(do_not_specialize=["dropout_limit"])
+def attention_forward_kernel(
+    q_ptr,  # [B, Hq, L, D]
+    k_ptr,  # [B, Hkv, S, D]
+    v_ptr,  # [B, Hkv, S, Dv]
+    bias_ptr,  # broadcast to [B, Hq, L, S], or None
+    out_ptr,  # [B, Hq, L, Dv]
+    lse_ptr,  # [B, Hq, L] contiguous
+    seed_ptr,
+    mask,
+    tiles,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_bias,
+    stride_o,
+    heads_q,
+    group,
+    len_q,
+    len_k,
+    num_m,
+    scale_log2,
+    dropout_limit,
+    dropout_scale,
+    FOLD: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    bh = (pid // num_m).to(tl.int64)
+    # Under a causal mask the last queries have the longest rows: they start first.
+    tile_m = num_m - 1 - pid % num_m
+    b = bh // heads_q
+    h = bh % heads_q
+    m0 = tile_m * BLOCK_M
+    rows = m0 + tl.arange(0, BLOCK_M)
+    q_ptr += b * stride_q[0] + h * stride_q[1]
+    k_ptr += b * stride_k[0] + h // group * stride_k[1]
+    v_ptr += b * stride_v[0] + h // group * stride_v[1]
+    out_ptr += b * stride_o[0] + h * stride_o[1]
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    q = load_rows(q_ptr, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
+    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    plan = tile_plan(mask, tiles, b, h, tile_m, len_q, len_k, BLOCK_M, BLOCK_N, False)
+    for masked in tl.static_range(2):
+        acc, m_i, l_i = _forward_tiles(
+            *(acc, m_i, l_i, q, k_ptr, v_ptr, stride_k[2], stride_v[2], bias_ptr, stride_bias, mask, tiles, plan, seed),
+            *(dropout_limit, b, h, m0, rows, len_q, len_k, scale_log2, FOLD, masked, HAS_DROPOUT),
+            *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION),
+        )
+    lse_ptr += bh * len_q
+    _store_output(acc, m_i, l_i, out_ptr, stride_o[2], lse_ptr, rows, len_q, dropout_scale, HEAD_DIM_V, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["dropout_limit"])
+def attention_forward_short_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    out_ptr,
+    lse_ptr,
+    seed_ptr,
+    mask,
+    tiles,  # no lists
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_bias,
+    stride_o,
+    heads_q,
+    group,
+    len_q,
+    len_k,
+    num_parts,
+    rows_per_program,  # a multiple of BLOCK_M
+    scale_log2,
+    dropout_limit,
+    dropout_scale,
+    FOLD: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # holds every key
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every key in one tile, read once: a plain softmax, no running maximum."""
+    pid = tl.program_id(0)
+    bh = (pid // num_parts).to(tl.int64)
+    first_row = pid % num_parts * rows_per_program
+    b = bh // heads_q
+    h = bh % heads_q
+    q_ptr += b * stride_q[0] + h * stride_q[1]
+    k_ptr += b * stride_k[0] + h // group * stride_k[1]
+    v_ptr += b * stride_v[0] + h // group * stride_v[1]
+    out_ptr += b * stride_o[0] + h * stride_o[1]
+    lse_ptr += bh * len_q
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    cols = tl.arange(0, BLOCK_N)
+    n0 = pid * 0
+    live = attended_keys(mask, tiles, b, h, cols, len_q, len_k)
+    k = load_rows(k_ptr, stride_k[2], cols, live, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    v = load_rows(v_ptr, stride_v[2], cols, live, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    for m0 in range(first_row, tl.minimum(first_row + rows_per_program, len_q), BLOCK_M):
+        rows = m0 + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
+        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
+        keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
+        s = tl.where(keep, s, NEG_INF)
+        m_i = tl.max(s, 1)
+        if FOLD:
+            m_i = m_i * scale_log2
+        shift = tl.where(m_i == NEG_INF, 0.0, m_i)
+        if FOLD:
+            p = tl.math.exp2(s * scale_log2 - shift[:, None])
+        else:
+            p = tl.math.exp2(s - shift[:, None])
+        l_i = tl.sum(p, 1)
+        if HAS_DROPOUT:
+            p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
+        v_seen = v
+        if (mask.query_segments is not None) or (mask.bits is not None):
+            # Here no arithmetic tells which keys nobody attends to: 0 * NaN would be NaN.
+            v_seen = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0)
+        acc = dot(p.to(v.dtype), v_seen, None, PRECISION)
+        _store_output(acc, m_i, l_i, out_ptr, stride_o[2], lse_ptr, rows, len_q, dropout_scale, HEAD_DIM_V, BLOCK_DV)
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: KernelMask | None,
+    scale: float,
+    dropout_p: float,
+    dropout_seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """out (B, Hq, L, Dv) over memory (B, L, Hq, Dv), and lse (B, Hq, L) float32 of the undropped scores."""
+    B, Hq, L, D = query.shape
+    S, Dv = value.shape[2:]
+    out = query.new_empty((B, L, Hq, Dv)).transpose(1, 2)
+    lse = query.new_empty((B, Hq, L), dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    chosen = config.forward(query, S, max(D, Dv), mask)
+    block_m, block_n = chosen.block_m, chosen.block_n
+    operands = mask_operands(mask, L, S)
+    limit = dropout_limit(dropout_p)
+    tensors = (query, key, value, bias, out, lse, dropout_seed if limit >= 0 else None, operands)
+    strides = (rows_of(query), rows_of(key), rows_of(value), strides_of(bias), rows_of(out))
+    sizes = (Hq, Hq // key.shape[1], L, S)
+    scalars = (scale * config.LOG2E, limit, 1 / (1 - dropout_p))
+    constants = dict(
+        # The exponential takes the scale in when the order of the scores does not depend on it.
+        FOLD=bias is None and scale > 0,
+        HAS_DROPOUT=limit >= 0,
+        HEAD_DIM=D,
+        HEAD_DIM_V=Dv,
+        BLOCK_D=block_dim(D),
+        BLOCK_DV=block_dim(Dv),
+        PRECISION=dot_precision(query.dtype),
+        **chosen.constants(),
+    )
+    num_m = triton.cdiv(L, block_m)
+    with on_device(query):
+        if chosen.short:
+            # One program a head keeps its keys; few heads are split, so that the device is full.
+            tiles_per_program = max(1, min(num_m, B * Hq * num_m // config.programs_wanted(query)))
+            num_parts = triton.cdiv(num_m, tiles_per_program)
+            attention_forward_short_kernel[(B * Hq * num_parts,)](
+                *tensors,
+                TileOperands(),
+                *strides,
+                *sizes,
+                num_parts,
+                tiles_per_program * block_m,
+                *scalars,
+                **constants,
+            )
+        else:
+            tiles = TileOperands()
+            if mask is not None and is_listed(mask):
+                tiles = live_tiles(mask, operands, L, S, block_m, block_n).rows
+            attention_forward_kernel[(B * Hq * num_m,)](*tensors, tiles, *strides, *sizes, num_m, *scalars, **constants)
+    return out, lse

@@ -1,0 +1,179 @@
+"""Tile sizes, warps and pipeline stages: a table by kernel, device generation, head dim, dtype and kind of mask.
+
+Nothing is measured at run time, unless FASTATTN_AUTOTUNE=1 asks for it: then the first launch of each kind tries the
+candidates (`CANDIDATES`) and prints the line to paste here. tests/test_triton_compile.py compiles every line.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from fastattn.backends.triton.common import block_dim, is_listed
+from fastattn.masks import KernelMask
+
+LOG2E = 1.4426950408889634
+SHORT_KEYS = 256  # up to this many keys are one tile
+CAPABILITIES = (80, 90, 100)
+AUTOTUNE = os.environ.get("FASTATTN_AUTOTUNE") == "1"
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched. `short`: every key is in one tile of block_n."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+    short: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """As keyword arguments of a launch."""
+        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+# (kernel, generation, head dim as a tile holds it) -> configuration of 16-bit problems. The generations before 9.0 have
+# 163 KB of shared memory a block, the later ones 227 KB. "listed" is for masks whose live tiles are listed; without
+# such a line the plain one holds.
+_HALF: dict[tuple[str, int, int], Config] = {
+    ("forward", 80, 64): Config(128, 64, 8, 3),
+    ("forward", 80, 128): Config(128, 64, 8, 3),
+    ("forward", 80, 256): Config(64, 64, 8, 2),
+    ("forward", 90, 64): Config(128, 64, 4, 3),
+    ("forward", 90, 128): Config(128, 128, 8, 2),
+    ("forward", 90, 256): Config(128, 64, 8, 2),
+    ("forward listed", 90, 128): Config(128, 64, 8, 3),
+    ("dq", 80, 64): Config(64, 64, 4, 2),
+    ("dq", 80, 128): Config(64, 64, 8, 2),
+    ("dq", 80, 256): Config(64, 32, 8, 2),
+    ("dq", 90, 64): Config(128, 64, 8, 3),
+    ("dq", 90, 128): Config(128, 64, 8, 2),
+    ("dq", 90, 256): Config(64, 32, 8, 2),
+    ("dkv", 80, 64): Config(64, 128, 8, 2),
+    ("dkv", 80, 128): Config(32, 128, 8, 2),
+    ("dkv", 80, 256): Config(32, 64, 8, 2),
+    ("dkv", 90, 64): Config(64, 128, 8, 2),
+    ("dkv", 90, 128): Config(32, 128, 8, 2),
+    ("dkv", 90, 256): Config(32, 64, 8, 2),
+    ("dbias", 80, 64): Config(64, 64, 4, 2),
+    ("dbias", 80, 128): Config(64, 64, 8, 2),
+    ("dbias", 80, 256): Config(64, 64, 8, 1),
+}
+# float32 is computed by the ordinary arithmetic units, whose tiles hold operands in registers: small ones.
+_FLOAT32: dict[tuple[str, int, int], Config] = {
+    ("forward", 80, 64): Config(64, 32, 8, 2),
+    ("forward", 80, 128): Config(64, 32, 8, 2),
+    ("forward", 80, 256): Config(16, 32, 4, 2),
+    ("dq", 80, 64): Config(32, 32, 4, 2),
+    ("dq", 80, 128): Config(32, 32, 8, 2),
+    ("dq", 80, 256): Config(32, 16, 8, 2),
+    ("dkv", 80, 64): Config(32, 32, 4, 2),
+    ("dkv", 80, 128): Config(32, 32, 8, 2),
+    ("dkv", 80, 256): Config(16, 32, 8, 2),
+    ("dbias", 80, 64): Config(32, 32, 4, 2),
+    ("dbias", 80, 128): Config(32, 32, 8, 2),
+    ("dbias", 80, 256): Config(16, 16, 4, 2),
+}
+# In the interpreter: few elements, and tiles whose two sides differ.
+_INTERPRETED = {
+    "forward": Config(64, 64),
+    "dq": Config(32, 64),
+    "dkv": Config(64, 32),
+    "dbias": Config(64, 64),
+}
+# Bytes of stack that a kernel may spill at a head dim, where no smaller tile keeps the tensor cores busy.
+SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
+    ("attention_forward_kernel", 128): 32,
+    ("attention_forward_kernel", 256): 32,
+    ("attention_forward_short_kernel", 64): 64,
+    ("attention_backward_dkv_kernel", 64): 16,
+    ("attention_backward_dkv_kernel", 128): 16,
+    ("attention_backward_dkv_kernel", 256): 160,
+}
+
+
+def capability(tensor: Tensor) -> int:
+    """80, 90, 100: the generation of the tensor's device; 0 in the interpreter."""
+    if not tensor.is_cuda:
+        return 0
+    major, _ = torch.cuda.get_device_capability(tensor.device)
+    return 80 if major < 9 else 90 if major == 9 else 100
+
+
+def _choose(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    generation = capability(query)
+    if not generation:
+        return _INTERPRETED[kernel]
+    table = _FLOAT32 if query.dtype == torch.float32 else _HALF
+    dim = max(64, block_dim(head_dim))
+    names = (kernel + " listed", kernel) if is_listed(mask) else (kernel,)
+    for name in names:
+        for known in (100, 90, 80):  # a generation without a line of its own takes the one before
+            if known <= generation and (name, known, dim) in table:
+                return table[name, known, dim]
+    raise KeyError((kernel, generation, dim))
+
+
+def forward(query: Tensor, len_k: int, head_dim: int, mask: KernelMask | None) -> Config:
+    if 0 < len_k <= SHORT_KEYS:
+        short = _short_forward(query, len_k, head_dim)
+        if short is not None:
+            return short
+    return _choose("forward", query, head_dim, mask)
+
+
+def _short_forward(query: Tensor, len_k: int, head_dim: int) -> Config | None:
+    """None where the keys and values do not fit."""
+    block_n = max(16, triton.next_power_of_2(len_k))
+    elements = block_n * block_dim(head_dim)
+    if query.dtype == torch.float32:
+        return Config(16, block_n, 4, 1, short=True) if elements <= 8192 else None
+    # Before 9.0 a product's accumulators lie in registers with its operands: 256 keys do not fit.
+    if elements > 32768 or (block_n > 128 and capability(query) == 80):
+        return None
+    return Config(64, block_n, 8 if block_n > 128 else 4, 2, short=True)
+
+
+def backward_dq(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    return _choose("dq", query, head_dim, mask)
+
+
+def backward_dkv(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    return _choose("dkv", query, head_dim, mask)
+
+
+def backward_dbias(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    return _choose("dbias", query, head_dim, mask)
+
+
+def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
+    """None where the keys, the values and their gradients do not fit."""
+    block_n = max(16, triton.next_power_of_2(len_k))
+    elements = block_n * block_dim(head_dim)
+    if len_k > SHORT_KEYS or elements > (4096 if query.dtype == torch.float32 else 16384):
+        return None
+    if block_n > 128 and capability(query) == 80:  # as in the forward
+        return None
+    if query.dtype == torch.float32:
+        return Config(16, block_n, 4, 1, short=True)
+    return Config(32, block_n, 4 if elements <= 4096 else 8, 2, short=True)
+
+
+def weights(query: Tensor, head_dim: int) -> Config:
+    return _choose("dbias", query, head_dim, None)
+
+
+def programs_wanted(tensor: Tensor) -> int:
+    """Enough programs to fill the device twice."""
+    return 2 * _multiprocessors(tensor.device.index or 0) if tensor.is_cuda else 8
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,193 @@
+"""Every line of the Triton configuration table, compiled for its GPUs without one.
+
+A fake driver names the GPU, and the backend's own launches compile instead of running. Checked in what comes out:
+shared memory within the device's limit, registers spilled within what the table allows, copies that overlap with
+computing (LDGSTS) in every loop over tiles, and the tensor cores of the generation. Triton caches the results by source
+and version in TRITON_CACHE_DIR (by default ~/.triton/cache).
+"""
+
+import contextlib
+import gc
+import re
+import subprocess
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from fastattn import Mask, dispatch
+
+if dispatch.TRITON_FAILURE is not None:
+    pytest.skip(dispatch.TRITON_FAILURE, allow_module_level=True)
+if dispatch.TRITON_INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled", allow_module_level=True)
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import fastattn.backends.triton as backend
+from fastattn.backends.triton import config
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+TENSOR_CORES = {80: r"\bHMMA\b", 90: r"\bHGMMA\b", 100: r"\bUTC\w*MMA\b|\bHMMA\b"}
+LENGTH = 512
+
+
+class FakeDriver:
+    """Answers what the compiler asks a driver."""
+
+    def __init__(self, capability):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(capability):
+    """Launches compile for the capability; yields the list of (kernel name, compiled kernel) that fills up."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        self.device_caches.clear()  # by device, and the fake ones are all device 0
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    driver = triton.runtime.driver.active if torch.cuda.is_available() else None
+    triton.runtime.driver.set_active(FakeDriver(capability))
+    try:
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(config, "capability", lambda tensor: capability),
+        ):
+            yield compiled
+    finally:
+        if driver is not None:
+            triton.runtime.driver.set_active(driver)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_collection():
+    # The compiler's objects must not be freed half way through another compilation: Triton 3.7.1 then crashes.
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def tool(name, *arguments):
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def inspect(kernel, tmp_path):
+    """(registers, bytes of stack, instructions) of a compiled kernel."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = tool("cuobjdump", "-res-usage", str(cubin))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack, tool("nvdisasm", "-c", str(cubin))
+
+
+def launch(operation, dtype, dim, length, masked, with_bias=False):
+    """Calls the backend as a problem of that kind does."""
+    x = torch.zeros(1, 2, length, dim, dtype=dtype)
+    mask = None
+    if masked == "causal":
+        mask = Mask.causal().kernel_form(1, 2, length, length, x.device, 64, 64)
+    elif masked == "dense":
+        keep = torch.ones(length, length, dtype=torch.bool)
+        mask = Mask.dense(keep).kernel_form(1, 2, length, length, x.device, 64, 64)
+    bias = torch.zeros(1, 2, length, length, dtype=dtype) if with_bias else None
+    if operation == "forward":
+        backend.attention_forward(x, x, x, bias, mask, 0.1, 0.0, None)
+    elif operation == "backward":
+        lse, gradients = torch.zeros(1, 2, length), [torch.empty_like(x) for _ in range(3)]
+        backend.attention_backward(x, None, x, x, x, x, lse, bias, mask, 0.1, 0.0, None, *gradients, with_bias)
+    else:
+        backend.attention_weights(x, x, torch.zeros(1, 2, length), bias, mask, 0.1, True, 0.0, None)
+
+
+def problems():
+    for capability in config.CAPABILITIES:
+        for dim in (64, 128, 256):
+            yield capability, "forward", torch.bfloat16, dim, LENGTH, "causal"
+            yield capability, "backward", torch.bfloat16, dim, LENGTH, "causal"
+        yield capability, "forward", torch.bfloat16, 128, LENGTH, "dense"
+        for length in (49, 113, 197):
+            yield capability, "forward", torch.bfloat16, 64, length, None
+            yield capability, "backward", torch.bfloat16, 64, length, None
+    yield 90, "forward", torch.float16, 64, LENGTH, None
+    yield 90, "backward", torch.bfloat16, 64, LENGTH, "dense"
+    yield 90, "backward", torch.bfloat16, 64, LENGTH, "bias"
+    yield 90, "weights", torch.bfloat16, 64, LENGTH, "causal"
+    for dim in (64, 128, 256):
+        yield 80, "forward", torch.float32, dim, LENGTH, "causal"
+        yield 80, "backward", torch.float32, dim, LENGTH, "causal"
+    yield 80, "forward", torch.float32, 64, 113, None
+    yield 80, "backward", torch.float32, 64, 113, None
+
+
+def name_of(problem):
+    capability, operation, dtype, dim, length, masked = problem
+    return f"sm{capability}-{operation}-{str(dtype)[6:]}-d{dim}-s{length}-{masked}"
+
+
+@pytest.mark.parametrize("problem", list(problems()), ids=name_of)
+def test_configurations_compile(problem, tmp_path):
+    capability, operation, dtype, dim, length, masked = problem
+    with compiling_for(capability) as compiled:
+        launch(operation, dtype, dim, length, None if masked == "bias" else masked, masked == "bias")
+    assert compiled
+    for name, kernel in compiled:
+        assert kernel.metadata.target.arch == capability
+        registers, stack, instructions = inspect(kernel, tmp_path)
+        print(f"{name}: {registers} registers, {stack} bytes spilled, {kernel.metadata.shared} bytes shared")
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability], name
+        assert stack <= config.SPILL_ALLOWANCE.get((name, dim), 0), f"{name} spills {stack} bytes"
+        if not name.startswith("attention") or "delta" in name:
+            continue
+        if "short" not in name and kernel.metadata.num_stages > 1:
+            assert re.search(r"\bLDGSTS\b|\bUTMALDG\b", instructions), f"{name}: loads do not overlap with computing"
+        if dtype != torch.float32 and "attended" not in name:
+            assert re.search(TENSOR_CORES[capability], instructions), f"{name} does not use the tensor cores"
+
+
+@pytest.mark.parametrize("capability", config.CAPABILITIES)
+def test_losses_and_tile_maps_compile(capability, tmp_path):
+    images, patches = torch.zeros(2, 3, 64, 64), torch.ones(2, 4, 4, dtype=torch.bool)
+    keep = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool)
+    with compiling_for(capability) as compiled:
+        backend.masked_loss(images, images, patches, "l1", "masked_mean", 16, 1.0, True, 1e-6, True)
+        backend.mask_tiles([keep, keep[:, :, :1]], LENGTH, LENGTH, 64, 64)
+    assert {name for name, _ in compiled} == {"masked_loss_kernel", "mask_tiles_kernel", "mask_bitmaps_kernel"}
+    for name, kernel in compiled:
+        _, stack, instructions = inspect(kernel, tmp_path)
+        assert stack == 0, name
+        if name == "masked_loss_kernel":
+            # Neighbouring elements of a patch travel four at a time.
+            assert re.search(r"\bLDG\.E\.128", instructions), name
+
+
+def test_every_kind_of_mask_compiles_to_the_parts_it_has():
+    # What is absent is a compile-time None: a causal kernel must not carry the code of the other kinds.
+    with compiling_for(90) as compiled:
+        launch("forward", torch.bfloat16, 64, LENGTH, None)
+        launch("forward", torch.bfloat16, 64, LENGTH, "dense")
+    plain, dense = (k for name, k in compiled if name == "attention_forward_kernel")
+    assert len(plain.asm["ttgir"]) < len(dense.asm["ttgir"])
+
+
+def test_report_of_a_spill_would_fail(tmp_path):
+    with compiling_for(80) as compiled, mock.patch.object(config, "forward", lambda *_: config.Config(128, 128, 4, 2)):
+        launch("forward", torch.bfloat16, 128, LENGTH, "causal")
+    assert inspect(compiled[-1][1], tmp_path)[1] > 0
