@@ -70,6 +70,7 @@ test-full: setup sanitize
 	$(PY) -m pytest tests -n $(JOBS) -q --full
 	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
+	! $(PY) -c "import triton" 2>/dev/null || $(FASTATTN) verify --backend triton --interpret --small --cases 150
 
 cpp-test: setup
 	cmake -S . -B build/cpp-test $(CMAKE_FLAGS)
