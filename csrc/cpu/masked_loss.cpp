@@ -5,8 +5,8 @@
 // do not count are not read (a mask of elements: runs of kChunk elements); their gradient is filled with zeros.
 //
 // Work unit: about kUnit elements. Each unit sums into its own slot and the slots are added in their order, so the result
-// does not depend on the threads. Elements of the compute type that lie side by side are read and their gradient is written in
-// place; others pass through kChunk elements (2 KB of float) in L1.
+// does not depend on the threads. Elements that lie side by side are read and their gradient is written in place; others,
+// and those under a mask of elements that is neither 0 nor 1 all along, pass through kChunk elements (2 KB of float) in L1.
 // Bound by memory: bytes of input + target of the counted elements, + the gradient of all.
 #include <cmath>
 
@@ -177,6 +177,44 @@ FASTATTN_INLINE void store_up_to(T* p, Vec<T> v, int64_t n) {
   else std::memcpy(p, &v, n * sizeof(T));
 }
 
+// Elements in the type they are stored in.
+template <DType kType>
+struct StoredAs {
+  using type = uint16_t;
+};
+template <>
+struct StoredAs<DType::kFloat32> {
+  using type = float;
+};
+template <>
+struct StoredAs<DType::kFloat64> {
+  using type = double;
+};
+template <DType kType>
+using Stored = typename StoredAs<kType>::type;
+
+template <DType kType, typename T>
+FASTATTN_INLINE Vec<T> load_stored(const Stored<kType>* p, int64_t n) {
+  if constexpr (kType == kComputeDType<T>) {
+    return load_up_to(p, n);
+  } else {
+    VecHalves v{};
+    if (n >= kWidth<T>) v = load_halves(p);
+    else std::memcpy(&v, p, n * sizeof *p);
+    return from_halves(v, kType);
+  }
+}
+template <DType kType, typename T>
+FASTATTN_INLINE void store_stored(Stored<kType>* p, Vec<T> v, int64_t n) {
+  if constexpr (kType == kComputeDType<T>) {
+    store_up_to(p, v, n);
+  } else {
+    const VecHalves h = to_halves(v, kType);
+    if (n >= kWidth<T>) store_halves(p, h);
+    else std::memcpy(p, &h, n * sizeof *p);
+  }
+}
+
 // input - target from element k on, 0 where not counted: a select, since 0 * NaN is NaN. `words` null: all count.
 template <typename T>
 FASTATTN_INLINE Vec<T> difference(const T* input, const T* target, const uint64_t* words, int64_t k, int64_t n) {
@@ -212,12 +250,13 @@ struct Run {
   bool counted;
 };
 
-// The loss of `rows` lines, each cut into the same runs, of elements that lie side by side as T; `slopes` may be null. Line by
-// line and not run by run, since memory order is what the hardware prefetches; but it does not see past a gap, so what counts
-// is asked for into L2 kAhead lines early.
-template <LossKind kKind, typename T>
-static double add_lines(const T* input, int64_t input_stride, const T* target, int64_t target_stride, T* slopes,
-                        int64_t slopes_stride, int64_t rows, const Run* runs, int num_runs, const Constants<T>& c) {
+// The loss of `rows` lines, each cut into the same runs, of elements that lie side by side; `slopes` may be null. Line by line
+// and not run by run, since memory order is what the hardware prefetches; but it does not see past a gap, so what counts is
+// asked for into L2 kAhead lines early.
+template <LossKind kKind, DType kType, DType kTargetType, typename T>
+static double add_lines(const Stored<kType>* input, int64_t input_stride, const Stored<kTargetType>* target,
+                        int64_t target_stride, Stored<kType>* slopes, int64_t slopes_stride, int64_t rows, const Run* runs,
+                        int num_runs, const Constants<T>& c) {
   constexpr int W = kWidth<T>;
   constexpr int64_t kBlock = 16 * W, kAhead = 2;
   double total = 0;
@@ -227,7 +266,8 @@ static double add_lines(const T* input, int64_t input_stride, const T* target, i
     const int64_t ahead = r + kAhead < rows ? kAhead : 0;
     for (const Run* run = runs; run < runs + num_runs; ++run) {
       if (!run->counted) {
-        if (slopes) for (int64_t k = run->begin; k < run->end; k += W) store_up_to(slopes + k, zero<T>(), run->end - k);
+        if (!slopes) continue;
+        for (int64_t k = run->begin; k < run->end; k += W) store_stored<kType, T>(slopes + k, zero<T>(), run->end - k);
         continue;
       }
       for (int64_t k0 = run->begin; k0 < run->end; k0 += kBlock) {
@@ -235,9 +275,9 @@ static double add_lines(const T* input, int64_t input_stride, const T* target, i
         for (int64_t k = k0; k < end; k += W) {
           __builtin_prefetch(input + ahead * input_stride + k, 0, 2);
           __builtin_prefetch(target + ahead * target_stride + k, 0, 2);
-          const Vec<T> d = difference(input, target, nullptr, k, end);
+          const Vec<T> d = load_stored<kType, T>(input + k, end - k) - load_stored<kTargetType, T>(target + k, end - k);
           block_sum += value<kKind, T>(d, c);
-          if (slopes) store_up_to(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
+          if (slopes) store_stored<kType, T>(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
         }
         pending += end - k0;
         if (pending < kBlock) continue;
@@ -330,7 +370,7 @@ static double sum_deviations(const T* x, int64_t stride, int64_t rows, int64_t n
         if (end - k < W) d = lanes_of<T>(bits_before(end, k)) ? d : zero<T>();
         block_sum += squares ? d * d : d;
       }
-      pending += end - k0;
+      pending += (end - k0 + W - 1) / W * W;  // short runs take a whole addition too
       if (pending < kBlock) continue;
       total += sum(block_sum);
       block_sum = zero<T>();
@@ -392,21 +432,32 @@ struct Worker {
   const Lines& lines;
   Constants<T> constants;
   double eps;
-  bool in_place;  // every tensor is of type T, with its elements side by side, and the loss is a sum
+  bool in_place;  // every tensor is of the input's type, with its elements side by side, and the loss is a sum
 
-  // Column 0 of a line that is read and written where it lies; null for a tensor that is not there.
-  T* at(TensorIndex t, const Line& line) const {
-    return lines.tensor[t] ? static_cast<T*>(lines.tensor[t].ptr) + line.of[t] : nullptr;
+  template <DType kType>
+  double add_in_place(const Line& line, int64_t rows, const Run* runs, int num_runs, const T* prepared) const {
+    const TensorRef* const tensor = lines.tensor;
+    const auto at = [&](int t) { return tensor[t] ? static_cast<Stored<kType>*>(tensor[t].ptr) + line.of[t] : nullptr; };
+    if (prepared)
+      return add_lines<kKind, kType, kComputeDType<T>, T>(at(kInput), tensor[kInput].stride[2], prepared, lines.width,
+                                                          at(kGradInput), tensor[kGradInput].stride[2], rows, runs,
+                                                          num_runs, constants);
+    return add_lines<kKind, kType, kType, T>(at(kInput), tensor[kInput].stride[2], at(kTarget), tensor[kTarget].stride[2],
+                                             at(kGradInput), tensor[kGradInput].stride[2], rows, runs, num_runs, constants);
   }
 
   // This line and the next ones, `rows` in all, cut into the same runs. `prepared`: their target, [rows][width], or null.
   // Returns the sum.
   double add_runs(const Line& line, int64_t rows, const Run* runs, int num_runs, const T* prepared) const {
-    const TensorRef* const tensor = lines.tensor;
-    if (in_place)
-      return add_lines<kKind>(at(kInput, line), tensor[kInput].stride[2], prepared ? prepared : at(kTarget, line),
-                              prepared ? lines.width : tensor[kTarget].stride[2], at(kGradInput, line),
-                              tensor[kGradInput].stride[2], rows, runs, num_runs, constants);
+    if constexpr (kComputeDType<T> == DType::kFloat64) {
+      if (in_place) return add_in_place<DType::kFloat64>(line, rows, runs, num_runs, prepared);
+    } else if (in_place) {
+      switch (lines.tensor[kInput].dtype) {
+        case DType::kBFloat16: return add_in_place<DType::kBFloat16>(line, rows, runs, num_runs, prepared);
+        case DType::kFloat16: return add_in_place<DType::kFloat16>(line, rows, runs, num_runs, prepared);
+        default: return add_in_place<DType::kFloat32>(line, rows, runs, num_runs, prepared);
+      }
+    }
     double total = 0;
     for (int64_t row = 0; row < rows; ++row) {
       for (const Run* run = runs; run < runs + num_runs; ++run) {
@@ -560,7 +611,7 @@ template <LossKind kKind, typename T>
 static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   const T beta = static_cast<T>(p.beta);
   bool in_place = !lines.tensor[kLoss] && !lines.tensor[kGradLoss];
-  for (const TensorRef& t : lines.tensor) in_place = in_place && (!t || (t.dtype == kComputeDType<T> && t.stride[3] == 1));
+  for (const TensorRef& t : lines.tensor) in_place = in_place && (!t || (t.dtype == p.input.dtype && t.stride[3] == 1));
   const Worker<kKind, T> worker{lines, {beta, 1 / beta, static_cast<T>(scale)}, p.normalize_eps, in_place};
   Arena shared(align_pointer(p.workspace));
   double* const slots = shared.take<double>(lines.units);
