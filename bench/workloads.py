@@ -93,7 +93,7 @@ class LossCase:
     size: int
     patch: int
     kind: str = "l1"  # l1 | mse
-    ratio: float = 0.6
+    masked: float = 0.6  # share of the patches that count
     dtype: str = "float32"
     backward: bool = True
     device: str = "cpu"
@@ -315,7 +315,7 @@ def loss_inputs(case: LossCase, seed: int = 0) -> LossInputs:
     prediction, target = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     grid = case.size // case.patch
     order = torch.rand(case.batch, grid * grid, generator=generator).argsort(1)
-    mask = (order < math.ceil(case.ratio * grid * grid)).view(case.batch, grid, grid).to(device)
+    mask = (order < math.ceil(case.masked * grid * grid)).view(case.batch, grid, grid).to(device)
     return LossInputs(prediction.requires_grad_(case.backward), target, mask, case.patch)
 
 

@@ -139,7 +139,7 @@ def test_flops_count_attending_pairs_and_executed_tiles():
 
 
 def test_loss_bytes_are_the_counted_elements_and_the_gradient():
-    case = w.LossCase(2, 3, 160, 32, ratio=0.6, backward=True)
+    case = w.LossCase(2, 3, 160, 32, masked=0.6, backward=True)
     inputs = w.loss_inputs(case)
     assert int(inputs.mask.sum()) == 2 * 15
     assert w.loss_bytes(case, inputs) == pytest.approx(8.8 * 2 * 3 * 160 * 160)
@@ -210,6 +210,7 @@ def one(plan: runner.Plan, contender: str | None = None) -> dict[str, records.Re
     """The records of a case by contender."""
     user = [] if contender is None else [user_contender(contender)]
     found = runner.run_case(plan, FakeSentinel(), rounds=3, max_seconds=1.0, user=user)  # type: ignore[arg-type]
+    assert report.render(records.environment(), found).endswith("</html>\n")  # every figure can be written
     return {record["contender"]: record for record in found}
 
 
@@ -402,7 +403,7 @@ def test_crops_depend_on_the_seed_and_the_batch_alone(tmp_path: Path):
 
 
 def test_the_authors_loss_is_ours():
-    x = w.loss_inputs(w.LossCase(2, 3, 64, 8, ratio=0.6))
+    x = w.loss_inputs(w.LossCase(2, 3, 64, 8, masked=0.6))
     model = simmim.make_model(simmim.Settings(size=64, batch_size=2), simmim.STOCK)
     theirs = simmim.stock_loss(x.prediction, x.target, x.mask, patch_size=8)
     counted = x.mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand_as(x.target)
