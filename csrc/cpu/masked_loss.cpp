@@ -279,7 +279,7 @@ static double add_lines(const Stored<kType>* input, int64_t input_stride, const 
           block_sum += value<kKind, T>(d, c);
           if (slopes) store_stored<kType, T>(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
         }
-        pending += end - k0;
+        pending += (end - k0 + W - 1) / W * W;  // short runs take a whole addition too
         if (pending < kBlock) continue;
         // At most 31 additions in a lane before double takes over.
         total += sum(block_sum);
