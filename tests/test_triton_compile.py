@@ -178,6 +178,65 @@ def test_losses_and_tile_maps_compile(capability, tmp_path):
             assert re.search(r"\bLDG\.E\.128", instructions), name
 
 
+# (B, Hq, Hkv, L, S, D, Dv): a size of 1 is a compile-time constant to Triton, and takes another way through the code.
+SIZES = {
+    "long": (2, 4, 2, 130, 600, 40, 64),
+    "short": (2, 4, 2, 130, 113, 40, 64),
+    "ones, long": (1, 1, 1, 1, 300, 16, 1),
+    "ones": (1, 1, 1, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "size,listed",
+    [
+        pytest.param(size, listed, marks=[] if (size, listed) == ("ones", True) else pytest.mark.slow)
+        for size in SIZES
+        for listed in (False, True)
+    ],
+)
+def test_every_option_compiles(size, listed):
+    B, Hq, Hkv, L, S, D, Dv = SIZES[size]
+    query, key, value = (
+        torch.zeros(shape, dtype=torch.float16) for shape in ((B, Hq, L, D), (B, Hkv, S, D), (B, Hkv, S, Dv))
+    )
+    mask = Mask.window(9, 3) & Mask.prefix(torch.ones(B, dtype=torch.int64)) & Mask.key_lengths(torch.tensor([1] * B))
+    if listed:
+        ids = torch.zeros(B, L, dtype=torch.int64), torch.zeros(B, S, dtype=torch.int64)
+        keep = torch.ones(B, S, dtype=torch.bool)
+        mask = (
+            mask & Mask.segments(*ids) & Mask.key_padding(keep) & Mask.dense(torch.ones(B, Hq, L, S, dtype=torch.bool))
+        )
+    form = mask.kernel_form(B, Hq, L, S, query.device, 64, 64)
+    bias, seed = torch.zeros(1, Hq, L, 1, dtype=torch.float16), torch.tensor(1)
+    out, lse = torch.zeros(B, Hq, L, Dv, dtype=torch.float16), torch.zeros(B, Hq, L)
+    gradients = [torch.empty_like(x) for x in (query, key, value)]
+    with compiling_for(90) as compiled:
+        for dropout_p, its_bias in ((0.25, bias), (0.0, None)):
+            rest = (its_bias, form, -0.5, dropout_p, seed)
+            backend.attention_forward(query, key, value, *rest)
+            inputs = (query, key, value, out, lse)
+            backend.attention_backward(out, lse, *inputs, *rest, *gradients, its_bias is not None)
+            rest = (its_bias, form, 0.5, True, dropout_p, seed)
+            backend.attention_weights(query, key, lse, *rest)
+            backend.attention_weights_backward(torch.zeros(B, L, S), query, key, lse, *rest, its_bias is not None)
+    assert {"attention_weights_kernel", "attention_backward_dbias_kernel"} <= {name for name, _ in compiled}
+
+
+@pytest.mark.parametrize("kind", ["l2", "l1", "smooth_l1"])
+def test_every_loss_compiles(kind):
+    tokens, mask = torch.zeros(2, 7, 48, dtype=torch.bfloat16), torch.ones(2, 7, 1, dtype=torch.bool)
+    with compiling_for(90) as compiled:
+        for normalize in (False, True):
+            for reduction in ("masked_mean", "sum", "none"):
+                backend.masked_loss(tokens, tokens, mask, kind, reduction, 0, 1.0, normalize, 1e-6, True)
+            backend.masked_loss_backward_none(tokens, tokens, tokens, mask, kind, 0, 1.0, normalize, 1e-6)
+        backend.masked_loss(
+            torch.zeros(1), torch.zeros(1), torch.ones(1, dtype=torch.bool), kind, "mean", 0, 1.0, False, 0.0, False
+        )
+    assert len(compiled) == 9
+
+
 def test_every_kind_of_mask_compiles_to_the_parts_it_has():
     # What is absent is a compile-time None: a causal kernel must not carry the code of the other kinds.
     with compiling_for(90) as compiled:
