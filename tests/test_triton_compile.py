@@ -247,6 +247,6 @@ def test_every_kind_of_mask_compiles_to_the_parts_it_has():
 
 
 def test_report_of_a_spill_would_fail(tmp_path):
-    with compiling_for(80) as compiled, mock.patch.object(config, "forward", lambda *_: config.Config(128, 128, 4, 2)):
+    with compiling_for(80) as compiled, mock.patch.object(config, "table", lambda *_: config.Config(128, 128, 4, 2)):
         launch("forward", torch.bfloat16, 128, LENGTH, "causal")
     assert inspect(compiled[-1][1], tmp_path)[1] > 0

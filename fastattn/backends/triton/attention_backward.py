@@ -657,25 +657,31 @@ class Launch:
     def dq(self, grad_query: Tensor, grad_lse: Tensor | None = None) -> None:
         if not grad_query.numel():
             return
-        chosen = config.backward_dq(self.query, max(self.D, self.Dv), self.mask)
-        num_m = triton.cdiv(self.L, chosen.block_m)
-        attention_backward_dq_kernel[(self.B * self.Hq * num_m,)](
-            *(*self.tensors, self.tiles(chosen, True), grad_query, grad_lse, *self.strides, rows_of(grad_query)),
-            *(*self.sizes, num_m, self.scale, self.scale_log2, *self.weights_and_dropout),
-            **self._constants(chosen),
-        )
+
+        def launch(chosen: config.Config) -> None:
+            num_m = triton.cdiv(self.L, chosen.block_m)
+            attention_backward_dq_kernel[(self.B * self.Hq * num_m,)](
+                *(*self.tensors, self.tiles(chosen, True), grad_query, grad_lse, *self.strides, rows_of(grad_query)),
+                *(*self.sizes, num_m, self.scale, self.scale_log2, *self.weights_and_dropout),
+                **self._constants(chosen),
+            )
+
+        config.tuned("dq", self.query, max(self.D, self.Dv), self.mask, launch)
 
     def dkv(self, grad_key: Tensor, grad_value: Tensor | None) -> None:
         if not self.B * self.Hkv * self.S:
             return
-        chosen = config.backward_dkv(self.query, max(self.D, self.Dv), self.mask)
-        num_n = triton.cdiv(self.S, chosen.block_n)
-        attention_backward_dkv_kernel[(self.B * self.Hkv * num_n,)](
-            *(*self.tensors, self.tiles(chosen, False), grad_key, grad_value, *self.strides),
-            *(rows_of(grad_key), rows_of(grad_value), *self.sizes, num_n, self.scale, self.scale_log2),
-            *self.weights_and_dropout,
-            **self._constants(chosen),
-        )
+
+        def launch(chosen: config.Config) -> None:
+            num_n = triton.cdiv(self.S, chosen.block_n)
+            attention_backward_dkv_kernel[(self.B * self.Hkv * num_n,)](
+                *(*self.tensors, self.tiles(chosen, False), grad_key, grad_value, *self.strides),
+                *(rows_of(grad_key), rows_of(grad_value), *self.sizes, num_n, self.scale, self.scale_log2),
+                *self.weights_and_dropout,
+                **self._constants(chosen),
+            )
+
+        config.tuned("dkv", self.query, max(self.D, self.Dv), self.mask, launch)
 
     def dbias(self) -> Tensor:
         """The gradient of the bias in its own shape and dtype."""
@@ -683,7 +689,7 @@ class Launch:
         assert bias is not None
         if not bias.numel() or not self.B * self.Hq * self.L * self.S:
             return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-        chosen = config.backward_dbias(self.query, max(self.D, self.Dv), self.mask)
+        chosen = config.table("dbias", self.query, max(self.D, self.Dv), self.mask)
         Bb, Hb, Lb, Sb = bias.shape
         num_m, num_n = triton.cdiv(self.L, chosen.block_m), triton.cdiv(self.S, chosen.block_n)
         # A length of 1 that is also the problem's is its own: nothing to add.

@@ -316,8 +316,6 @@ def attention_forward(
     lse = query.new_empty((B, Hq, L), dtype=torch.float32)
     if not lse.numel():
         return out, lse
-    chosen = config.forward(query, S, max(D, Dv), mask)
-    block_m, block_n = chosen.block_m, chosen.block_n
     operands = mask_operands(mask, L, S)
     limit = dropout_limit(dropout_p)
     tensors = (query, key, value, bias, out, lse, dropout_seed if limit >= 0 else None, operands)
@@ -333,27 +331,33 @@ def attention_forward(
         BLOCK_D=block_dim(D),
         BLOCK_DV=block_dim(Dv),
         PRECISION=dot_precision(query.dtype),
-        **chosen.constants(),
     )
-    num_m = triton.cdiv(L, block_m)
+
+    def launch_short(chosen: config.Config) -> None:
+        # One program a head keeps its keys; few heads are split, so that the device is full.
+        num_m = triton.cdiv(L, chosen.block_m)
+        tiles_per_program = max(1, min(num_m, B * Hq * num_m // config.programs_wanted(query)))
+        num_parts = triton.cdiv(num_m, tiles_per_program)
+        rows_per_program = tiles_per_program * chosen.block_m
+        attention_forward_short_kernel[(B * Hq * num_parts,)](
+            *(*tensors, TileOperands(), *strides, *sizes, num_parts, rows_per_program, *scalars),
+            **constants,
+            **chosen.constants(),
+        )
+
+    def launch(chosen: config.Config) -> None:
+        tiles = TileOperands()
+        if mask is not None and is_listed(mask):
+            tiles = live_tiles(mask, operands, L, S, chosen.block_m, chosen.block_n).rows
+        num_m = triton.cdiv(L, chosen.block_m)
+        attention_forward_kernel[(B * Hq * num_m,)](
+            *tensors, tiles, *strides, *sizes, num_m, *scalars, **constants, **chosen.constants()
+        )
+
     with on_device(query):
-        if chosen.short:
-            # One program a head keeps its keys; few heads are split, so that the device is full.
-            tiles_per_program = max(1, min(num_m, B * Hq * num_m // config.programs_wanted(query)))
-            num_parts = triton.cdiv(num_m, tiles_per_program)
-            attention_forward_short_kernel[(B * Hq * num_parts,)](
-                *tensors,
-                TileOperands(),
-                *strides,
-                *sizes,
-                num_parts,
-                tiles_per_program * block_m,
-                *scalars,
-                **constants,
-            )
+        short = config.forward_short(query, S, max(D, Dv))
+        if short is not None:
+            launch_short(short)
         else:
-            tiles = TileOperands()
-            if mask is not None and is_listed(mask):
-                tiles = live_tiles(mask, operands, L, S, block_m, block_n).rows
-            attention_forward_kernel[(B * Hq * num_m,)](*tensors, tiles, *strides, *sizes, num_m, *scalars, **constants)
+            config.tuned("forward", query, max(D, Dv), mask, launch)
     return out, lse

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,13 +27,12 @@ AUTOTUNE = os.environ.get("FASTATTN_AUTOTUNE") == "1"
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched. `short`: every key is in one tile of block_n."""
+    """How a kernel is launched."""
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
-    short: bool = False
 
     def constants(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
@@ -98,6 +99,23 @@ SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
 }
 
 
+# What FASTATTN_AUTOTUNE=1 tries in place of a line of the tables: (block_m, block_n, num_warps, num_stages).
+CANDIDATES = {
+    "forward": (
+        *((64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 2)),
+        *((128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3), (64, 32, 8, 2), (32, 32, 4, 2)),
+    ),
+    "dq": (
+        *((64, 32, 4, 2), (64, 32, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)),
+        *((128, 32, 8, 3), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (32, 32, 4, 2)),
+    ),
+    "dkv": (
+        *((32, 64, 4, 2), (32, 64, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3)),
+        *((64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3), (128, 64, 8, 2), (32, 32, 4, 2)),
+    ),
+}
+
+
 def capability(tensor: Tensor) -> int:
     """80, 90, 100: the generation of the tensor's device; 0 in the interpreter."""
     if not tensor.is_cuda:
@@ -106,50 +124,72 @@ def capability(tensor: Tensor) -> int:
     return 80 if major < 9 else 90 if major == 9 else 100
 
 
-def _choose(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+def table(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+    """The line for a kernel: "forward", "dq", "dkv" or "dbias"."""
     generation = capability(query)
     if not generation:
         return _INTERPRETED[kernel]
-    table = _FLOAT32 if query.dtype == torch.float32 else _HALF
+    lines = _FLOAT32 if query.dtype == torch.float32 else _HALF
     dim = max(64, block_dim(head_dim))
     names = (kernel + " listed", kernel) if is_listed(mask) else (kernel,)
     for name in names:
         for known in (100, 90, 80):  # a generation without a line of its own takes the one before
-            if known <= generation and (name, known, dim) in table:
-                return table[name, known, dim]
+            if known <= generation and (name, known, dim) in lines:
+                return lines[name, known, dim]
     raise KeyError((kernel, generation, dim))
 
 
-def forward(query: Tensor, len_k: int, head_dim: int, mask: KernelMask | None) -> Config:
-    if 0 < len_k <= SHORT_KEYS:
-        short = _short_forward(query, len_k, head_dim)
-        if short is not None:
-            return short
-    return _choose("forward", query, head_dim, mask)
+def tuned(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None, launch: Callable[[Config], Any]) -> None:
+    """Launches a kernel with the table's configuration; or, with FASTATTN_AUTOTUNE=1, with the best of the candidates,
+    which the first launch of each kind times and prints as a line of the table.
+
+    `launch` may be called many times, and writes the same results each time.
+    """
+    key = (kernel + (" listed" if is_listed(mask) else ""), capability(query), max(64, block_dim(head_dim)))
+    if not AUTOTUNE or not query.is_cuda:
+        launch(table(kernel, query, head_dim, mask))
+        return
+    kind = (*key, query.dtype == torch.float32)
+    if kind not in _found:
+        _found[kind] = _fastest(
+            launch, (table(kernel, query, head_dim, mask), *(Config(*c) for c in CANDIDATES[kernel]))
+        )
+        lines = "_FLOAT32" if query.dtype == torch.float32 else "_HALF"
+        best = _found[kind]
+        sizes = f"{best.block_m}, {best.block_n}, {best.num_warps}, {best.num_stages}"
+        print(f"{lines}:    {key}: Config({sizes}),", flush=True)
+    launch(_found[kind])
 
 
-def _short_forward(query: Tensor, len_k: int, head_dim: int) -> Config | None:
+_found: dict[tuple[Any, ...], Config] = {}
+
+
+def _fastest(launch: Callable[[Config], Any], candidates: Iterable[Config]) -> Config:
+    best: tuple[float, Config] | None = None
+    for candidate in candidates:
+        try:
+            seconds = triton.testing.do_bench(functools.partial(launch, candidate), warmup=10, rep=50)
+        except triton.runtime.errors.OutOfResources:  # more shared memory than the device has
+            continue
+        if best is None or seconds < best[0]:
+            best = seconds, candidate
+    if best is None:
+        raise RuntimeError("FASTATTN_AUTOTUNE: no candidate runs on this device")
+    return best[1]
+
+
+def forward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
     """None where the keys and values do not fit."""
+    if not 0 < len_k <= SHORT_KEYS:
+        return None
     block_n = max(16, triton.next_power_of_2(len_k))
     elements = block_n * block_dim(head_dim)
     if query.dtype == torch.float32:
-        return Config(16, block_n, 4, 1, short=True) if elements <= 8192 else None
+        return Config(16, block_n, 4, 1) if elements <= 8192 else None
     # Before 9.0 a product's accumulators lie in registers with its operands: 256 keys do not fit.
     if elements > 32768 or (block_n > 128 and capability(query) == 80):
         return None
-    return Config(64, block_n, 8 if block_n > 128 else 4, 2, short=True)
-
-
-def backward_dq(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
-    return _choose("dq", query, head_dim, mask)
-
-
-def backward_dkv(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
-    return _choose("dkv", query, head_dim, mask)
-
-
-def backward_dbias(query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
-    return _choose("dbias", query, head_dim, mask)
+    return Config(64, block_n, 8 if block_n > 128 else 4, 2)
 
 
 def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
@@ -161,12 +201,12 @@ def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
     if block_n > 128 and capability(query) == 80:  # as in the forward
         return None
     if query.dtype == torch.float32:
-        return Config(16, block_n, 4, 1, short=True)
-    return Config(32, block_n, 4 if elements <= 4096 else 8, 2, short=True)
+        return Config(16, block_n, 4, 1)
+    return Config(32, block_n, 4 if elements <= 4096 else 8, 2)
 
 
 def weights(query: Tensor, head_dim: int) -> Config:
-    return _choose("dbias", query, head_dim, None)
+    return table("dbias", query, head_dim, None)
 
 
 def programs_wanted(tensor: Tensor) -> int:
