@@ -94,7 +94,9 @@ def plan_kernel(
         tl.store(out_ptr + pid * other + common.partial_tile(k, plan, tiles), 1)
 
 
-@pytest.mark.parametrize("blocks", [(16, 32), (64, 64), (128, 32), (32, 128)], ids=str)
+@pytest.mark.parametrize(
+    "blocks", [(64, 64), (32, 128), *(pytest.param(b, marks=pytest.mark.slow) for b in ((16, 32), (128, 32)))], ids=str
+)
 @pytest.mark.parametrize("name", masks())
 def test_walks_visit_every_live_tile_and_trust_only_full_ones(name, blocks):
     mask = masks()[name]
