@@ -15,7 +15,7 @@ from fastattn.testing import poisoned_buffers
 BACKENDS = tuple(os.environ.get("FASTATTN_TEST_BACKENDS", "cpu,reference").split(","))
 
 # Kernels in Triton's interpreter need a process of their own: tests/test_triton.py starts it.
-collect_ignore = [] if dispatch.TRITON_INTERPRETED else ["triton"]
+collect_ignore = [] if dispatch.TRITON_INTERPRETED else ["triton_kernels"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,4 +1,4 @@
-"""Runs tests/triton in processes of their own, where Triton interprets kernels on CPU tensors."""
+"""Runs tests/triton_kernels in processes of their own, where Triton interprets kernels on CPU tensors."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from fastattn import dispatch
 
-FOLDER = Path(__file__).parent / "triton"
+FOLDER = Path(__file__).parent / "triton_kernels"
 
 pytestmark = pytest.mark.skipif(dispatch.TRITON_FAILURE is not None, reason=f"{dispatch.TRITON_FAILURE}")
 

@@ -1,7 +1,9 @@
 """The Triton kernels in Triton's interpreter: a process of its own, since Triton reads TRITON_INTERPRET when imported.
 
-`tests/test_triton.py` starts it; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton
+`tests/test_triton.py` starts it; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels
 """
+
+import gc
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch
 from fastattn.testing import triton_interpreter
 
 triton_interpreter.install()
+# As in test_triton_compile.py: collecting while Triton's objects are half torn down has crashed the process.
+gc.disable()
 
 
 @pytest.fixture(autouse=True)
