@@ -33,12 +33,13 @@ else
   export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
-.PHONY: help setup test test-full cpp-test sanitize lint format bench demo clean
+.PHONY: help setup test test-full test-triton cpp-test sanitize lint format bench demo clean
 
 help:
 	@echo "make bench      set up, build, verify, benchmark, train SimMIM on photographs; report in $(REPORT)/report.html"
 	@echo "make test       set up, build, lint, C++ tests, Python tests"
 	@echo "make test-full  the longer sweeps: random problems, sanitizers, slow tests"
+	@echo "make test-triton  the long walks of the Triton kernels in Triton's interpreter"
 	@echo "make setup      only set up and build"
 	@echo "make lint | format | clean"
 	@echo "PYTHON=/path/to/python uses that interpreter as it is, for machines with no package index"
@@ -70,7 +71,11 @@ test-full: setup sanitize
 	$(PY) -m pytest tests -n $(JOBS) -q --full
 	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
-	! $(PY) -c "import triton" 2>/dev/null || $(FASTATTN) verify --backend triton --interpret --small --cases 150
+
+# The long walks of the Triton kernels through Triton's interpreter, which is slow.
+test-triton: setup
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels -n $(JOBS) -q --full
+	$(FASTATTN) verify --backend triton --interpret --cases 150
 
 cpp-test: setup
 	cmake -S . -B build/cpp-test $(CMAKE_FLAGS)

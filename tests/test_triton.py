@@ -15,9 +15,7 @@ pytestmark = pytest.mark.skipif(dispatch.TRITON_FAILURE is not None, reason=f"{d
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_in_the_interpreter(name, request):
+def test_in_the_interpreter(name):
     command = [sys.executable, "-m", "pytest", str(FOLDER / name), "-q", "-p", "no:cacheprovider"]
-    if request.config.getoption("--full"):
-        command.append("--full")
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
