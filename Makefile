@@ -68,7 +68,7 @@ test: setup lint cpp-test
 	$(PY) -m pytest tests -n $(JOBS) -q
 
 test-full: setup sanitize
-	$(PY) -m pytest tests -n $(JOBS) -q --full
+	$(PY) -m pytest tests -n $(JOBS) -q --full -m slow
 	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
 
