@@ -106,8 +106,9 @@ def simmim_findings(record: Record) -> str:
     return (
         f"fastattn takes a step {times(record['ratio'])} as fast. The losses of the first "
         f"{agreement['compared_steps']} steps differ by at most {agreement['largest_relative_difference']:.1e} of "
-        f"their value (criterion {agreement['criterion']:g}; the 1e-5 that the authors add to the number of hidden "
-        f"pixels accounts for {agreement['authors_denominator_offset']:.0e})"
+        f"their value (criterion {agreement['criterion']:g}; stock beside stock with each parameter moved by one "
+        f"rounding: {agreement['noise']:.1e}; the 1e-5 that the authors add to the number of hidden pixels accounts "
+        f"for {agreement['authors_denominator_offset']:.0e})"
     )
 
 
