@@ -25,7 +25,7 @@ def environment() -> Record:
     """What a figure depends on beside the code: versions, machine, threads, and the command that made it."""
     return {
         "command": command_line(),
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "version": version("fastattn"),
         "torch": torch.__version__,
         "python": platform.python_version(),

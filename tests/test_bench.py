@@ -220,6 +220,7 @@ def test_every_mask_kind_passes_the_check(mask: str):
     for name in (OURS, "sdpa", "eager"):
         assert found[name]["status"] == "ok", found[name]["reason"]
         assert found[name]["time"]["median_s"] > 0
+        assert not found[name].keys() & records.environment().keys()  # a written record has both
         assert found[name]["worst_error"] < 1e-5
     assert set(found[OURS]["errors"]) == {"out", "dq", "dk", "dv"} | ({"dbias"} if mask == "bias" else set())
     assert found["sdpa"]["ratio"]["median"] > 0
