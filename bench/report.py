@@ -237,7 +237,7 @@ def render(environment: Record, records: Sequence[Record], picture: bytes | None
         f"<pre>{html.escape(environment['command'])}</pre>",
         f"<p>{html.escape(machine + level)}<br>fastattn {html.escape(str(environment['version']))}, torch "
         f"{html.escape(environment['torch'])}, Python {environment['python']}, {html.escape(environment['system'])}, "
-        f"{html.escape(environment['time'])}</p>",
+        f"{html.escape(environment['date'])}</p>",
     ]
     if promised:
         parts.append(_conditions(promised))
