@@ -58,6 +58,7 @@ struct MaskParams {
 struct DropoutParams {
   double p = 0.0;      // probability that an element is dropped; 0 switches dropout off
   uint64_t seed = 0;   // Philox key
+  const uint64_t* seed_ptr = nullptr;  // CUDA: the key in device memory, read there instead of `seed`
 };
 
 // The problem that forward, backward and weights share.
@@ -69,7 +70,8 @@ struct AttentionParams {
   MaskParams mask;
   DropoutParams dropout;
   TensorRef lse;                 // [B, Hq, L] contiguous; float64 for float64 problems, else float32
-  int num_threads = 1;
+  int num_threads = 1;           // CPU
+  void* stream = nullptr;        // CUDA: the cudaStream_t to launch on
   void* workspace = nullptr;     // as many bytes as the operation's *_workspace function asks for
   int64_t workspace_bytes = 0;
 };
@@ -109,7 +111,8 @@ struct MaskTilesParams {
   int64_t batch = 0, heads = 0, len_q = 0, len_k = 0;  // of the outputs, after broadcasting the masks together
   int64_t block_m = 0, block_n = 0;        // block_n is a multiple of 64
   uint64_t *bits = nullptr, *live = nullptr, *full = nullptr, *live_t = nullptr, *full_t = nullptr;  // contiguous
-  int num_threads = 1;
+  int num_threads = 1;           // CPU
+  void* stream = nullptr;        // CUDA: the cudaStream_t to launch on
 };
 
 enum class LossKind : int32_t { kL2 = 0, kL1 = 1, kSmoothL1 = 2 };
@@ -133,7 +136,8 @@ struct MaskedLossParams {
   TensorRef loss;
   TensorRef grad_input;          // null when not wanted; d loss / d input for an upstream gradient of 1 (all elements written)
   TensorRef grad_loss;           // "none" only: upstream gradient by strides; null means 1
-  int num_threads = 1;
+  int num_threads = 1;           // CPU
+  void* stream = nullptr;        // CUDA: the cudaStream_t to launch on
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
