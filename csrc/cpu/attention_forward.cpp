@@ -22,10 +22,6 @@
 #include "schedule.h"
 #include "tile.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
@@ -450,11 +446,7 @@ static void run(const AttentionForwardParams& p) {
   [[maybe_unused]] const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#if defined(_OPENMP)
-    Arena own(scratch + omp_get_thread_num() * thread_bytes);
-#else
-    Arena own(scratch);
-#endif
+    Arena own(scratch + thread_number() * thread_bytes);
     const Scratch<T> s = carve<T>(own, p, plan);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < plan.items; ++n) run_item<T>(p, plan, s, sorted ? order[n] : n);

@@ -23,11 +23,8 @@
 // Q that are dead for the whole tile are replaced by zeros before they are multiplied by those, because 0 * NaN is NaN.
 #include "../core/softmax.h"
 #include "bias.h"
+#include "schedule.h"
 #include "tile.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
@@ -238,14 +235,6 @@ static int64_t workspace_bytes(const AttentionWeightsParams& p) {
   Arena thread(nullptr);
   carve<T>(thread, p, plan);
   return kAlignment + p.num_threads * thread.used;
-}
-
-FASTATTN_INLINE int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
 }
 
 template <typename T>

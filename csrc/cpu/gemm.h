@@ -30,7 +30,7 @@ constexpr int block_rows(int vectors) {
 // Width of the next block of columns when `vectors` are left: no narrow block is left over where an even split exists.
 FASTATTN_INLINE int next_block_vectors(int vectors) {
   if (vectors <= 2) return vectors;
-  if (kVectorRegisters == 32) return vectors % 3 == 0 ? 3 : vectors % 4 == 0 || vectors > 6 ? 4 : vectors == 4 ? 4 : 3;
+  if (kVectorRegisters == 32) return vectors % 3 == 0 ? 3 : vectors % 4 == 0 || vectors > 6 ? 4 : 3;
   return vectors % 3 == 0 ? 3 : vectors % 2 == 0 ? 2 : 3;
 }
 

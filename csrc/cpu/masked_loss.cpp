@@ -11,11 +11,8 @@
 #include <cmath>
 
 #include "bytes.h"
+#include "schedule.h"
 #include "tile.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
@@ -619,11 +616,7 @@ static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   const int threads = static_cast<int>(min64(lines.units, p.num_threads));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#if defined(_OPENMP)
-    Arena own(shared.base + shared.used + omp_get_thread_num() * align_up(scratch_elements * static_cast<int64_t>(sizeof(T))));
-#else
-    Arena own(shared.base + shared.used);
-#endif
+    Arena own(shared.base + shared.used + thread_number() * align_up(scratch_elements * static_cast<int64_t>(sizeof(T))));
     T* const scratch = own.take<T>(scratch_elements);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target, scratch);

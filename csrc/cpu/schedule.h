@@ -1,10 +1,23 @@
-// The order of the work items: long ones first, so that no thread is left with a long one at the end.
+// Which thread this is, and the order of the work items: long ones first, so that no thread is left with a long one at the
+// end.
 #pragma once
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 #include "kernels.h"
 
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
+
+static inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // order = the items 0 .. count - 1 by falling cost (>= 0), equal ones in their own order: a counting sort in 64 classes.
 // Overwrites cost.
