@@ -131,8 +131,9 @@ FASTATTN_DEVICE void store_tile(const Plane<T>& x, const T* tile, int row0, int 
         *reinterpret_cast<uint4*>(to) = vector;
         continue;
       }
-      const T* const values = reinterpret_cast<const T*>(&vector);
-      for (int n = 0; n < kChunk<T> && column0 + n < x.columns; ++n) to[n] = values[n];
+#pragma unroll
+      for (int n = 0; n < kChunk<T>; ++n)
+        if (column0 + n < x.columns) to[n] = tile[swizzle<T, COLUMNS>(r, chunk) + n];
     }
   }
 }
@@ -282,17 +283,20 @@ FASTATTN_DEVICE uint64_t dropout_seed(const DropoutParams& dropout) {
   return dropout.seed_ptr ? *dropout.seed_ptr : dropout.seed;
 }
 
-// Which probabilities dropout keeps, for one C row of fragments [16, 64] at (i0, j0); j0 is a multiple of 4. A Philox block
-// covers four columns, the elements of two neighbouring lanes: the even lane draws for row g, the odd one for row g + 8.
+// Which probabilities dropout keeps, for one C row of fragments [16, N x 8] at (i0, j0); j0 is a multiple of 4. A Philox
+// block covers four columns, the elements of two neighbouring lanes: the even lane draws for row g, the odd one for row g + 8.
+template <int N>
 struct FragmentDropout {
+  static_assert(N <= 8, "four bits for each fragment");
   uint32_t row[2];
 
-  FASTATTN_DEVICE_MEMBER FragmentDropout(uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int64_t i0, int64_t j0, int lane) {
+  FASTATTN_DEVICE_MEMBER FragmentDropout(uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int64_t i0, int64_t j0,
+                                         int lane) {
     const uint32_t i = static_cast<uint32_t>(i0) + lane / 4 + (lane & 1) * 8;
     const uint32_t block0 = static_cast<uint32_t>(j0 / 4) + (lane >> 1 & 1);
     uint32_t own = 0;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
+    for (int n = 0; n < N; ++n) {
       const PhiloxBlock block = philox4x32(seed, block0 + n * 2, i, static_cast<uint32_t>(h), static_cast<uint32_t>(b));
 #pragma unroll
       for (int w = 0; w < 4; ++w) own |= uint32_t{block.word[w] >= threshold} << (n * 4 + w);
