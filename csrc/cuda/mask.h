@@ -16,14 +16,6 @@
 #include "../core/mask.h"
 #include "platform.h"
 
-#ifndef FASTATTN_MEMBER
-#if defined(__CUDACC__)
-#define FASTATTN_MEMBER __device__ __forceinline__
-#else
-#define FASTATTN_MEMBER inline
-#endif
-#endif
-
 namespace fastattn::cuda {
 
 inline constexpr int kWordKeys = 64;     // keys of a word, and queries of a block of segments
@@ -276,7 +268,7 @@ FASTATTN_DEVICE bool next_tile(uint32_t& live, uint32_t& full, int& first, int l
 template <int BM, int BN>
 class KeyTiles {
  public:
-  FASTATTN_MEMBER KeyTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t i0, int64_t len_q,
+  FASTATTN_DEVICE_MEMBER KeyTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t i0, int64_t len_q,
                            int64_t len_k)
       : mask_(mask), summary_(summary), b_(b), h_(h), i0_(i0), i1_(min64(i0 + BM, len_q)), len_k_(len_k) {
     const KeyInterval keys = key_range(mask, b, i0_, i1_, len_k);
@@ -285,7 +277,7 @@ class KeyTiles {
   }
 
   // By whole warps. False: no tile is left. `full`: the tile needs no mask, and all of its keys exist.
-  FASTATTN_MEMBER bool next(int& tile, bool& full) {
+  FASTATTN_DEVICE_MEMBER bool next(int& tile, bool& full) {
     return mask_detail::next_tile(live_, full_, first_, last_, tile, full, [&](int candidate, bool& whole) {
       const int64_t j0 = static_cast<int64_t>(candidate) * BN;
       whole = j0 + BN <= len_k_;
@@ -305,7 +297,7 @@ class KeyTiles {
 template <int BM, int BN>
 class QueryTiles {
  public:
-  FASTATTN_MEMBER QueryTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t j0,
+  FASTATTN_DEVICE_MEMBER QueryTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t j0,
                              int64_t len_q, int64_t len_k)
       : mask_(mask), summary_(summary), b_(b), h_(h), j0_(j0), j1_(min64(j0 + BN, len_k)), len_q_(len_q) {
     const KeyInterval rows = query_range(mask, b, j0_, j1_, len_q);
@@ -315,7 +307,7 @@ class QueryTiles {
   }
 
   // As KeyTiles::next.
-  FASTATTN_MEMBER bool next(int& tile, bool& full) {
+  FASTATTN_DEVICE_MEMBER bool next(int& tile, bool& full) {
     return mask_detail::next_tile(live_, full_, first_, last_, tile, full, [&](int candidate, bool& whole) {
       const int64_t i0 = static_cast<int64_t>(candidate) * BM;
       whole = whole_;
