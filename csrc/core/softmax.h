@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
 #include "macros.h"
 
@@ -18,7 +17,7 @@ inline constexpr double kLog2E = 1.4426950408889634073599246810019;
 
 template <typename T>
 FASTATTN_HD static inline T softmax_shift(T row_max) {
-  return row_max == -std::numeric_limits<T>::infinity() ? T(0) : row_max;
+  return row_max == -T(INFINITY) ? T(0) : row_max;
 }
 
 // Factor that turns the accumulated sum of 2^(x - shift) * value into the output.
@@ -29,12 +28,12 @@ FASTATTN_HD static inline T softmax_normalizer(T row_sum) {
 
 // Natural log of the sum of e^score. In double: log(row_sum) must not cost the digits of lse.
 FASTATTN_HD static inline double softmax_lse(double shift, double row_sum) {
-  return row_sum == 0.0 ? -std::numeric_limits<double>::infinity() : shift + std::log(row_sum);
+  return row_sum == 0.0 ? -double(INFINITY) : shift + std::log(row_sum);
 }
 
 // The shift for e^(score - shift) = probability when lse is known (backward, weights). An empty row has no probability.
 FASTATTN_HD static inline double lse_to_shift(double lse) {
-  return lse == -std::numeric_limits<double>::infinity() ? std::numeric_limits<double>::infinity() : lse;
+  return lse == -double(INFINITY) ? double(INFINITY) : lse;
 }
 
 }  // namespace fastattn

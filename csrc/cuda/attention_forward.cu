@@ -1,0 +1,679 @@
+// Attention forward, the portable path (sm_80 and later): O = softmax(scale Q K^T + bias) V, one pass over the keys with an
+// online softmax (Dao 2023, "FlashAttention-2", algorithm 1).
+//
+// 16-bit types, on tensor cores (mma m16n8k16). A block owns BM query rows and walks the live key tiles, 64 keys each:
+//     S [BM, 64]  = Q K^T          Q and K from shared memory by ldmatrix
+//     P           = 2^(c S - shift), in registers: C fragments of S are A fragments of P
+//     O [BM, Dv] += P V            V from shared memory, transposed by ldmatrix
+// Shared memory holds Q, one tile of K and one of V. They take turns: V arrives while S is computed, the next K while P V is;
+// two barriers a tile. A short sequence costs nothing extra: with one tile there is nothing to prefetch.
+//
+//     head dim    rows a warp   warps   BM    Q + K + V        what bounds the choice
+//     32 .. 128   32            4       128   16 .. 64 KiB     registers: O 4 D / 4 and S 64 of 255 a thread at D = 128
+//     192, 256    16            4       64    72, 96 KiB       registers: O D / 2 of 255
+//     any, L <= 16 16 for all   4       16    8 .. 72 KiB      each warp takes 16 keys of a tile; merged at the end
+// A warp with 32 rows uses each fragment of K and V twice, which halves what the tensor cores want from shared memory: at
+// D = 128 a tile of a block costs 2048 cycles of mma on an A100 and 1280 of ldmatrix. Two blocks share an SM (registers), and
+// one computes while the other is at its softmax. Global memory: Q, O and lse once, K and V ceil(L / BM) times, from L2.
+//
+// Masks: a tile is empty (not visited), full (no mask code) or partial. In a partial tile each warp fetches the words of its own
+// rows, one row a lane, before it waits for K; scores are selected by the bits, a warp whose rows see nothing skips the tile,
+// and values that none of its rows may attend to count as zeros, for 0 * NaN is NaN. Under a causal mask the last rows have
+// the longest way to go: within a head they start first.
+//
+// float32, in full precision on the ordinary cores: a block of 256 threads owns 64 rows; a thread computes 4 x 4 scores and
+// 4 x 4 outputs of each 64 columns; K and V stream through two buffers of 64 keys x 64 columns.
+//
+// The shift. Any number near the maximum serves, as long as P, the sum and lse all use the same one. It is kept in units of
+// log 2, rounded once, and fma(S, c, -shift) is exact up to its own rounding: the largest probability is 1 up to the rounding
+// of the shift, whatever the size of the scores, and the quotient P / sum does not see it. It moves, and what was accumulated is
+// rescaled, when a row's maximum has grown by more than 2^8: P stays below 256, far from the end of float16.
+//
+// A row's result depends on its own sequence of key tiles only.
+#include <cmath>
+#include <stdexcept>
+
+#include "../core/softmax.h"
+#include "kernels.h"
+#include "mask.h"
+#include "platform.h"
+#include "ptx.h"
+#include "tile.h"
+
+namespace fastattn::cuda {
+namespace {
+
+constexpr int kKeys = 64;             // of a tile; one mask word
+constexpr float kLazyGrowth = 8.0f;   // log2
+constexpr float kMinusInf = -INFINITY;
+
+// What the host works out once.
+struct Plan {
+  MaskSummary summary;
+  float scale;       // of the scores before the bias; used by the general kernels only
+  float to_log2;     // c of the head of this file: turns what the kernel calls a score into units of log 2; positive
+  float kept_scale;  // 1 / (1 - dropout)
+  bool has_dropout;
+  uint64_t threshold;
+  bool bias_pairs;   // two neighbouring keys of the bias can be read at once
+  bool last_rows_first;
+  uint32_t row_tiles;
+};
+
+FASTATTN_DEVICE float shift_of(float row_shift) { return row_shift == kMinusInf ? 0.0f : row_shift; }
+
+FASTATTN_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+FASTATTN_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+FASTATTN_DEVICE uint64_t warp_or(uint64_t word) {
+  const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(word));
+  return uint64_t{__reduce_or_sync(~0u, static_cast<uint32_t>(word >> 32))} << 32 | low;
+}
+
+FASTATTN_DEVICE uint64_t shuffle_word(uint64_t word, int lane) {
+  const uint32_t low = __shfl_sync(~0u, static_cast<uint32_t>(word), lane);
+  return uint64_t{__shfl_sync(~0u, static_cast<uint32_t>(word >> 32), lane)} << 32 | low;
+}
+
+// Natural log of the sum of e^score.
+FASTATTN_DEVICE float row_lse(float row_shift, float row_sum) {
+  return row_sum == 0.0f ? kMinusInf : (shift_of(row_shift) + log2f(row_sum)) * 0.693147180559945309f;
+}
+
+// Which rows and which head a block works on.
+struct BlockPosition {
+  int64_t b, h, h_kv;
+  int row0;
+};
+
+template <int BM>
+FASTATTN_DEVICE BlockPosition block_position(const AttentionForwardParams& p, const Plan& plan) {
+  const uint32_t bh = blockIdx.x / plan.row_tiles, tile = blockIdx.x % plan.row_tiles;
+  const uint32_t heads = static_cast<uint32_t>(p.heads_q), h = bh % heads;
+  return {bh / heads, h, h / (heads / static_cast<uint32_t>(p.heads_kv)),
+          static_cast<int>((plan.last_rows_first ? plan.row_tiles - 1 - tile : tile) * BM)};
+}
+
+// ---- the softmax of a warp's fragments ----
+
+// What a warp's rows have accumulated. Rows of fragment m: m * 16 + g (half 0) and m * 16 + g + 8 (half 1).
+template <int M, int HEAD_DIM>
+struct Accumulator {
+  float out[M][HEAD_DIM / 8][4];
+  float shift[M][2];  // of this row's probabilities, in units of log 2; -inf: nothing seen
+  float sum[M][2];    // this lane's part
+
+  FASTATTN_DEVICE_MEMBER void clear() {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      cuda::clear(out[m]);
+      shift[m][0] = shift[m][1] = kMinusInf;
+      sum[m][0] = sum[m][1] = 0.0f;
+    }
+  }
+};
+
+// Scores to probabilities, in place.
+template <int M, int HEAD_DIM, int N>
+FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc, float to_log2) {
+  float top[M][2];
+  bool grew = false;
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x = fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]);
+#pragma unroll
+      for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+      top[m][half] = quad_max(x) * to_log2;
+      grew = grew || top[m][half] > acc.shift[m][half] + kLazyGrowth;
+    }
+  if (__any_sync(~0u, grew)) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& shift = acc.shift[m][half];
+        // A row that has not grown is multiplied by 1: it does not depend on the other rows of the warp.
+        const float next = top[m][half] > shift + kLazyGrowth ? top[m][half] : shift;
+        const float factor = next == shift ? 1.0f : ptx::ex2(shift - next);
+        shift = next;
+        acc.sum[m][half] *= factor;
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 8; ++n) {
+          acc.out[m][n][2 * half] *= factor;
+          acc.out[m][n][2 * half + 1] *= factor;
+        }
+      }
+  }
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float shift = shift_of(acc.shift[m][half]);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[m][n][e] = ptx::ex2(fmaf(s[m][n][e], to_log2, -shift));
+          acc.sum[m][half] += s[m][n][e];
+        }
+    }
+}
+
+// Scores of dead pairs become -inf. `word`: the lane's own row, of the warp's rows row `lane`; bit 0 is the first column.
+template <int M, int N>
+FASTATTN_DEVICE void select_scores(float (&s)[M][N][4], uint64_t word, int lane) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const FragmentWord allowed(shuffle_word(word, m * 16 + half * 8 + lane / 4), lane);
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s[m][n][2 * half + e] = allowed(n, e) ? s[m][n][2 * half + e] : kMinusInf;
+    }
+}
+
+// Two neighbouring elements of the bias; the second one does not exist when it lies beyond the keys.
+FASTATTN_DEVICE float2 load_bias_pair(const TensorRef& bias, int64_t offset, bool together, bool second) {
+  if (together && second) {
+    if (bias.dtype == DType::kFloat32) return *reinterpret_cast<const float2*>(static_cast<const float*>(bias.ptr) + offset);
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(bias.ptr) + offset);
+    return bias.dtype == DType::kBFloat16 ? unpack2<bfloat16>(pair) : unpack2<half>(pair);
+  }
+  return make_float2(load_scalar(bias, offset), second ? load_scalar(bias, offset + bias.stride[3]) : 0.0f);
+}
+
+// S = scale S + bias for the fragments at (row0, key0).
+template <int M, int N>
+FASTATTN_DEVICE void scale_and_bias(float (&s)[M][N][4], const AttentionForwardParams& p, const Plan& plan, int64_t b, int64_t h,
+                                    int row0, int key0, int lane) {
+#pragma unroll
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = row0 + m * 16 + half * 8 + lane / 4;
+      const bool exists = p.bias.ptr && i < p.len_q;
+      const int64_t row = b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2];
+#pragma unroll
+      for (int n = 0; n < N; ++n) {
+        const int64_t j = key0 + n * 8 + lane % 4 * 2;
+        float2 bias = make_float2(0.0f, 0.0f);
+        if (exists && j < p.len_k)
+          bias = load_bias_pair(p.bias, row + j * p.bias.stride[3], plan.bias_pairs, j + 1 < p.len_k);
+        s[m][n][2 * half] = fmaf(s[m][n][2 * half], plan.scale, bias.x);
+        s[m][n][2 * half + 1] = fmaf(s[m][n][2 * half + 1], plan.scale, bias.y);
+      }
+    }
+}
+
+// Probabilities that dropout removes become 0. What it keeps is scaled at the end.
+template <int M, int N>
+FASTATTN_DEVICE void drop(float (&s)[M][N][4], uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int row0, int key0,
+                          int lane) {
+#pragma unroll
+  for (int m = 0; m < M; ++m) {
+    const FragmentDropout<N> keeps(seed, threshold, b, h, row0 + m * 16, key0, lane);
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][n][e] = keeps(n, e / 2, e % 2) ? s[m][n][e] : 0.0f;
+  }
+}
+
+// ---- 16-bit types ----
+
+// M: fragments of 16 rows that a warp owns. SPLIT: every warp has the same rows, and its share of the keys of each tile.
+template <typename T_, int HEAD_DIM_, int M_, bool SPLIT_, bool GENERAL_>
+struct Shape {
+  using T = T_;
+  static constexpr int kHeadDim = HEAD_DIM_, kM = M_;
+  static constexpr bool kSplit = SPLIT_;
+  static constexpr bool kGeneral = GENERAL_;  // bias, dropout or an unusual scale
+  static constexpr int kWarps = 4, kThreads = kWarps * 32;
+  static constexpr int kWarpRows = 16 * kM;
+  static constexpr int kRows = kSplit ? kWarpRows : kWarpRows * kWarps;
+  static constexpr int kWarpKeys = kSplit ? kKeys / kWarps : kKeys;
+  static constexpr int kMergeBytes = kSplit ? kWarps * kRows * (kHeadDim + 2) * static_cast<int>(sizeof(float)) : 0;
+  static constexpr int kTileBytes = (kRows + 2 * kKeys) * kHeadDim * static_cast<int>(sizeof(T));
+  static constexpr int kSharedBytes = kMergeBytes > kTileBytes ? kMergeBytes : kTileBytes;
+};
+
+// The warps' shares of the same rows, added up in the order of the warps. Every copy has landed and every warp is done with
+// the tiles when this is called by all threads.
+template <typename S>
+FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsigned char* shared, const Plane<typename S::T>& out,
+                                     float* lse, int row0, float kept_scale) {
+  static_assert(S::kM == 1, "one fragment of rows");
+  constexpr int kRows = S::kRows;
+  float* const shifts = reinterpret_cast<float*>(shared);  // [warps][rows]
+  float* const sums = shifts + S::kWarps * kRows;          // [warps][rows]
+  float* const outs = sums + S::kWarps * kRows;            // [warps][rows][HEAD_DIM]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + half * 8;
+    const float sum = quad_sum(acc.sum[0][half]);
+    if (lane % 4 == 0) {
+      shifts[warp * kRows + row] = acc.shift[0][half];
+      sums[warp * kRows + row] = sum;
+    }
+#pragma unroll
+    for (int n = 0; n < S::kHeadDim / 8; ++n)
+      *reinterpret_cast<float2*>(outs + (warp * kRows + row) * S::kHeadDim + n * 8 + lane % 4 * 2) =
+          make_float2(acc.out[0][n][2 * half], acc.out[0][n][2 * half + 1]);
+  }
+  __syncthreads();
+  for (int row = warp; row < kRows && row0 + row < out.rows; row += S::kWarps) {
+    float shift = kMinusInf, sum = 0.0f, factor[S::kWarps];
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) shift = fmaxf(shift, shifts[w * kRows + row]);
+#pragma unroll
+    for (int w = 0; w < S::kWarps; ++w) {
+      factor[w] = ptx::ex2(shifts[w * kRows + row] - shift_of(shift));
+      // A sum of NaN beside a shift of -inf: its factor is 0, and the product still NaN.
+      sum += sums[w * kRows + row] * factor[w];
+    }
+    if (lane == 0) lse[row0 + row] = row_lse(shift, sum);
+    const float normalizer = softmax_normalizer(sum) * kept_scale;
+    for (int d = lane; d < out.columns; d += 32) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < S::kWarps; ++w) total += outs[(w * kRows + row) * S::kHeadDim + d] * factor[w];
+      out.ptr[(row0 + row) * out.row_stride + d] = from_float<typename S::T>(total * normalizer);
+    }
+  }
+}
+
+template <typename S>
+FASTATTN_KERNEL(S::kThreads, 2)
+attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, const FASTATTN_GRID_CONSTANT Plan plan) {
+  using T = typename S::T;
+  constexpr int D = S::kHeadDim, M = S::kM, N = S::kWarpKeys / 8;
+  FASTATTN_SHARED(shared);
+  T* const q_tile = reinterpret_cast<T*>(shared);  // [kRows][D]
+  T* const k_tile = q_tile + S::kRows * D;         // [64][D]
+  T* const v_tile = k_tile + kKeys * D;            // [64][D]
+
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const BlockPosition at = block_position<S::kRows>(p, plan);
+  const int warp_row = S::kSplit ? 0 : warp * S::kWarpRows;  // of the block's rows
+  const int warp_key = S::kSplit ? warp * S::kWarpKeys : 0;  // of the tile's keys
+  const int row0 = at.row0 + warp_row;
+  const bool has_rows = row0 < p.len_q;
+  const Plane<T> key = plane_of<T>(p.key, at.b, at.h_kv, p.len_k, p.dim_qk);
+  const Plane<T> value = plane_of<T>(p.value, at.b, at.h_kv, p.len_k, p.dim_v);
+  uint64_t seed = 0;
+  if constexpr (S::kGeneral)
+    if (plan.has_dropout) seed = dropout_seed(p.dropout);
+
+  KeyTiles<S::kRows, kKeys> tiles(p.mask, plan.summary, at.b, at.h, at.row0, p.len_q, p.len_k);
+  int tile;
+  bool full;
+  bool more = tiles.next(tile, full);
+  if (more) {
+    load_tile<T, D, S::kRows, S::kThreads>(q_tile, plane_of<T>(p.query, at.b, at.h, p.len_q, p.dim_qk), at.row0, thread);
+    load_tile<T, D, kKeys, S::kThreads>(k_tile, key, tile * kKeys, thread);
+    ptx::cp_async_commit();
+  }
+
+  Accumulator<M, D> acc;
+  acc.clear();
+  while (more) {
+    const int j0 = tile * kKeys;
+    const bool partial = !full;
+    uint64_t word = ~uint64_t{0}, any = ~uint64_t{0};  // of this lane's row, and of all rows of the warp
+    if (partial) {
+      word = row_word(p.mask, plan.summary, at.b, at.h, row0 + lane % S::kWarpRows, j0, p.len_k) >> warp_key;
+      if constexpr (S::kSplit) word &= (uint64_t{1} << (S::kWarpKeys % 64)) - 1;
+      any = warp_or(word);
+    }
+    const bool active = has_rows && any != 0;
+
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // K has arrived, and nobody reads V any more
+    load_tile<T, D, kKeys, S::kThreads>(v_tile, value, j0, thread);
+    ptx::cp_async_commit();
+
+    float s[M][N][4];
+    if (active) {
+#pragma unroll
+      for (int m = 0; m < M; ++m) clear(s[m]);
+      multiply_transposed<T, D>(s, q_tile, warp_row, k_tile, warp_key, lane);
+      if constexpr (S::kGeneral) scale_and_bias(s, p, plan, at.b, at.h, row0, j0 + warp_key, lane);
+      if (partial) select_scores(s, word, lane);
+    }
+
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // V has arrived, and nobody reads K any more
+    more = tiles.next(tile, full);
+    if (more) {
+      load_tile<T, D, kKeys, S::kThreads>(k_tile, key, tile * kKeys, thread);
+      ptx::cp_async_commit();
+    }
+
+    if (active) {
+      softmax(s, acc, plan.to_log2);
+      if constexpr (S::kGeneral)
+        if (plan.has_dropout) drop(s, seed, plan.threshold, at.b, at.h, row0, j0 + warp_key, lane);
+      // Keys that do not exist are zeros already.
+      if (partial && any != bits_before(p.len_k, j0) >> warp_key)
+        multiply_registers<T, D, true>(acc.out, s, v_tile, warp_key, lane, any);
+      else
+        multiply_registers<T, D>(acc.out, s, v_tile, warp_key, lane);
+    }
+  }
+
+  const Plane<T> out = plane_of<T>(p.out, at.b, at.h, p.len_q, p.dim_v);
+  float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
+  if constexpr (S::kSplit) {
+    __syncthreads();
+    merge_and_store<S>(acc, shared, out, lse, at.row0, plan.kept_scale);
+  } else if (has_rows) {
+    // Through the rows of Q that this warp alone has read.
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      float normalizer[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = quad_sum(acc.sum[m][half]);
+        const int i = row0 + m * 16 + half * 8 + lane / 4;
+        normalizer[half] = softmax_normalizer(sum) * plan.kept_scale;
+        if (lane % 4 == 0 && i < p.len_q) lse[i] = row_lse(acc.shift[m][half], sum);
+      }
+      __syncwarp();
+      put_fragments<T, D>(q_tile, warp_row + m * 16, acc.out[m], normalizer, lane);
+    }
+    __syncwarp();
+    store_tile<T, D, S::kWarpRows, 32>(out, q_tile + warp_row * D, row0, lane);
+  }
+}
+
+// ---- float32 ----
+
+constexpr int kColumns = 64;            // of a buffer of K or V
+constexpr int kFloatRows = 64;          // of a block
+constexpr int kFloatThreads = 256;
+constexpr int kProbabilityPitch = kKeys + 4;  // rows of two half warps in different banks
+
+template <int HEAD_DIM>
+constexpr int kFloatSharedBytes =
+    (kFloatRows * HEAD_DIM + 2 * kKeys * kColumns + kFloatRows * kProbabilityPitch) * static_cast<int>(sizeof(float));
+
+FASTATTN_DEVICE float4 load_vector(const float* at) { return *reinterpret_cast<const float4*>(at); }
+
+// Thread (ty, tx) of 16 x 16 owns rows 4 ty .. +4 and, of the keys, tx + 16 n, of the columns, 4 tx .. +4 of every 64.
+template <int HEAD_DIM>
+FASTATTN_KERNEL(kFloatThreads, 1)
+attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, const FASTATTN_GRID_CONSTANT Plan plan) {
+  constexpr int kParts = HEAD_DIM / kColumns;
+  FASTATTN_SHARED(shared);
+  float* const q_tile = reinterpret_cast<float*>(shared);  // [64][HEAD_DIM]
+  float* const buffers = q_tile + kFloatRows * HEAD_DIM;   // 2 x [64][64]
+  float* const probabilities = buffers + 2 * kKeys * kColumns;  // [64][kProbabilityPitch]
+
+  const int thread = threadIdx.x, lane = thread % 32, tx = thread % 16, ty = thread / 16;
+  const BlockPosition at = block_position<kFloatRows>(p, plan);
+  const int warp_row0 = at.row0 + thread / 32 * 8, row0 = at.row0 + ty * 4;
+  const Plane<float> key = plane_of<float>(p.key, at.b, at.h_kv, p.len_k, p.dim_qk);
+  const Plane<float> value = plane_of<float>(p.value, at.b, at.h_kv, p.len_k, p.dim_v);
+  const uint64_t seed = plan.has_dropout ? dropout_seed(p.dropout) : 0;
+
+  // Columns part * 64 .. +64 of a tile of K or V.
+  int buffer = 0;  // that the next copy goes to
+  const auto load_part = [&](const Plane<float>& x, int j0, int part) {
+    Plane<float> columns = x;
+    columns.ptr += part * kColumns;
+    columns.columns -= part * kColumns;
+    load_tile<float, kColumns, kKeys, kFloatThreads>(buffers + buffer * kKeys * kColumns, columns, j0, thread);
+    ptx::cp_async_commit();
+    buffer ^= 1;
+  };
+
+  KeyTiles<kFloatRows, kKeys> tiles(p.mask, plan.summary, at.b, at.h, at.row0, p.len_q, p.len_k);
+  int tile;
+  bool full;
+  bool more = tiles.next(tile, full);
+  if (more) {
+    load_tile<float, HEAD_DIM, kFloatRows, kFloatThreads>(q_tile, plane_of<float>(p.query, at.b, at.h, p.len_q, p.dim_qk),
+                                                          at.row0, thread);
+    load_part(key, tile * kKeys, 0);
+  }
+
+  float out[kParts][4][4] = {}, row_shift[4], row_sum[4];
+#pragma unroll
+  for (int r = 0; r < 4; ++r) row_shift[r] = kMinusInf, row_sum[r] = 0.0f;
+
+  while (more) {
+    const int j0 = tile * kKeys;
+    const bool partial = !full;
+    uint64_t word = 0, any = ~uint64_t{0};
+    if (partial) {
+      word = row_word(p.mask, plan.summary, at.b, at.h, warp_row0 + lane % 8, j0, p.len_k);
+      any = warp_or(word);
+    }
+
+    float s[4][4] = {};  // [row][key]
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // this part has arrived, and nobody reads the other buffer any more
+      const float* const k = buffers + (buffer ^ 1) * kKeys * kColumns;
+      if (part + 1 < kParts) load_part(key, j0, part + 1);
+      else load_part(value, j0, 0);
+#pragma unroll 4
+      for (int chunk = 0; chunk < kColumns / 4; ++chunk) {
+        float4 x[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          x[r] = load_vector(q_tile + swizzle<float, HEAD_DIM>(ty * 4 + r, part * (kColumns / 4) + chunk));
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float4 y = load_vector(k + swizzle<float, kColumns>(tx + n * 16, chunk));
+#pragma unroll
+          for (int r = 0; r < 4; ++r)
+            s[r][n] = fmaf(x[r].w, y.w, fmaf(x[r].z, y.z, fmaf(x[r].y, y.y, fmaf(x[r].x, y.x, s[r][n]))));
+        }
+      }
+    }
+
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const int64_t i = row0 + r;
+      if (p.bias.ptr) {
+        const int64_t bias = at.b * p.bias.stride[0] + at.h * p.bias.stride[1] + i * p.bias.stride[2];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const int64_t j = j0 + tx + n * 16;
+          s[r][n] = fmaf(s[r][n], plan.scale,
+                         i < p.len_q && j < p.len_k ? load_scalar(p.bias, bias + j * p.bias.stride[3]) : 0.0f);
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) s[r][n] *= plan.scale;
+      }
+      if (partial) {
+        const uint64_t allowed = shuffle_word(word, lane / 16 * 4 + r) >> tx;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) s[r][n] = allowed >> (n * 16) & 1 ? s[r][n] : kMinusInf;
+      }
+      float top = fmaxf(fmaxf(s[r][0], s[r][1]), fmaxf(s[r][2], s[r][3]));
+#pragma unroll
+      for (int step = 1; step < 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
+      const float old_shift = row_shift[r], new_shift = fmaxf(old_shift, top * plan.to_log2), shift = shift_of(new_shift);
+      const float factor = new_shift == old_shift ? 1.0f : ptx::ex2(old_shift - shift);
+      row_shift[r] = new_shift;
+      float total = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        s[r][n] = ptx::ex2(fmaf(s[r][n], plan.to_log2, -shift));
+        total += s[r][n];
+      }
+      row_sum[r] = fmaf(row_sum[r], factor, total);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part)
+#pragma unroll
+        for (int d = 0; d < 4; ++d) out[part][r][d] *= factor;
+      if (plan.has_dropout) {
+        // Lane tx draws for the keys 4 tx .. +4 of this row; ballot w holds the bits of the keys 4 tx + w.
+        const PhiloxBlock block = philox4x32(seed, static_cast<uint32_t>(j0 / 4 + tx), static_cast<uint32_t>(i),
+                                             static_cast<uint32_t>(at.h), static_cast<uint32_t>(at.b));
+        uint32_t kept = 0;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const uint32_t bits = __ballot_sync(~0u, block.word[w] >= plan.threshold);
+          kept = tx % 4 == w ? bits : kept;
+        }
+        kept >>= lane / 16 * 16 + tx / 4;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) s[r][n] = kept >> (n * 4) & 1 ? s[r][n] : 0.0f;
+      }
+#pragma unroll
+      for (int n = 0; n < 4; ++n) probabilities[(ty * 4 + r) * kProbabilityPitch + tx + n * 16] = s[r][n];
+    }
+    __syncwarp();  // a warp reads only its own rows of P
+
+    const int next_from = j0;
+    more = tiles.next(tile, full);
+    const bool holes = partial && any != bits_before(p.len_k, next_from);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      const float* const v = buffers + (buffer ^ 1) * kKeys * kColumns;
+      if (part + 1 < kParts) load_part(value, next_from, part + 1);
+      else if (more) load_part(key, tile * kKeys, 0);
+#pragma unroll 2
+      for (int j = 0; j < kKeys; j += 4) {
+        float4 x[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) x[r] = load_vector(probabilities + (ty * 4 + r) * kProbabilityPitch + j);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          float4 y = load_vector(v + swizzle<float, kColumns>(j + n, tx));
+          if (holes && !(any >> (j + n) & 1)) y = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const float weight = n == 0 ? x[r].x : n == 1 ? x[r].y : n == 2 ? x[r].z : x[r].w;
+            out[part][r][0] = fmaf(weight, y.x, out[part][r][0]);
+            out[part][r][1] = fmaf(weight, y.y, out[part][r][1]);
+            out[part][r][2] = fmaf(weight, y.z, out[part][r][2]);
+            out[part][r][3] = fmaf(weight, y.w, out[part][r][3]);
+          }
+        }
+      }
+    }
+    __syncwarp();  // P is overwritten by the next tile
+  }
+
+  const Plane<float> result = plane_of<float>(p.out, at.b, at.h, p.len_q, p.dim_v);
+  float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const int i = row0 + r;
+    float sum = row_sum[r];
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (i >= result.rows) continue;
+    if (tx == 0) lse[i] = row_lse(row_shift[r], sum);
+    const float normalizer = softmax_normalizer(sum) * plan.kept_scale;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int d = 0; d < 4; ++d) {
+        const int column = part * kColumns + tx * 4 + d;
+        if (column < result.columns) result.ptr[i * result.row_stride + column] = out[part][r][d] * normalizer;
+      }
+  }
+}
+
+// ---- host ----
+
+Plan make_plan(const AttentionForwardParams& p, int rows) {
+  Plan plan;
+  plan.summary = prepare_mask(p, p.workspace, p.stream);
+  plan.scale = static_cast<float>(p.scale);
+  plan.to_log2 = static_cast<float>(kLog2E);
+  plan.kept_scale = static_cast<float>(1.0 / (1.0 - p.dropout.p));
+  plan.has_dropout = p.dropout.p > 0.0;
+  plan.threshold = dropout_threshold(p.dropout.p);
+  const auto even = [](int64_t n) { return n % 2 == 0; };
+  const uintptr_t pair = p.bias.dtype == DType::kFloat32 ? 8 : 4;
+  plan.bias_pairs = p.bias && p.bias.stride[3] == 1 && even(p.bias.stride[0]) && even(p.bias.stride[1]) &&
+                    even(p.bias.stride[2]) && reinterpret_cast<uintptr_t>(p.bias.ptr) % pair == 0;
+  plan.last_rows_first = p.mask.band_high < kUnlimited;
+  plan.row_tiles = static_cast<uint32_t>(ceil_div(p.len_q, rows));
+  return plan;
+}
+
+dim3 blocks_of(const AttentionForwardParams& p, const Plan& plan) {
+  const int64_t blocks = p.batch * p.heads_q * plan.row_tiles;
+  if (blocks > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("attention_forward: more than 2^31 query tiles");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
+template <typename S>
+void run(const AttentionForwardParams& p, bool fold) {
+  Plan plan = make_plan(p, S::kRows);
+  if (fold) plan.to_log2 = static_cast<float>(p.scale * kLog2E);
+  launch("attention_forward_kernel", attention_forward_kernel<S>, blocks_of(p, plan), dim3(S::kThreads), S::kSharedBytes,
+         p.stream, p, plan);
+}
+
+template <typename T, int HEAD_DIM>
+void run_16_bit(const AttentionForwardParams& p) {
+  constexpr int M = HEAD_DIM <= 128 ? 2 : 1;
+  // The exponential takes the scale in when it keeps the order of the scores, and can be held.
+  const bool fold = !p.bias && p.scale * kLog2E >= std::numeric_limits<float>::min();
+  if (p.len_q <= 16) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
+  else if (fold && p.dropout.p == 0.0) run<Shape<T, HEAD_DIM, M, false, false>>(p, true);
+  else run<Shape<T, HEAD_DIM, M, false, true>>(p, false);
+}
+
+template <typename T>
+void run_16_bit(const AttentionForwardParams& p, int64_t dim) {
+  if (dim <= 32) run_16_bit<T, 32>(p);
+  else if (dim <= 64) run_16_bit<T, 64>(p);
+  else if (dim <= 96) run_16_bit<T, 96>(p);
+  else if (dim <= 128) run_16_bit<T, 128>(p);
+  else if (dim <= 192) run_16_bit<T, 192>(p);
+  else run_16_bit<T, 256>(p);
+}
+
+template <int HEAD_DIM>
+void run_float(const AttentionForwardParams& p) {
+  const Plan plan = make_plan(p, kFloatRows);
+  launch("attention_forward_float_kernel", attention_forward_float_kernel<HEAD_DIM>, blocks_of(p, plan), dim3(kFloatThreads),
+         kFloatSharedBytes<HEAD_DIM>, p.stream, p, plan);
+}
+
+}  // namespace
+
+int64_t attention_forward_portable_workspace(const AttentionForwardParams& p) { return mask_summary_bytes(p); }
+
+void attention_forward_portable(const AttentionForwardParams& p) {
+  if (p.batch == 0 || p.heads_q == 0 || p.len_q == 0) return;
+  const int64_t dim = max64(p.dim_qk, p.dim_v);
+  if (dim > kMaxHeadDim) throw std::invalid_argument("attention_forward: head dim " + std::to_string(dim) + " is over 256");
+  switch (p.query.dtype) {
+    case DType::kBFloat16: return run_16_bit<bfloat16>(p, dim);
+    case DType::kFloat16: return run_16_bit<half>(p, dim);
+    case DType::kFloat32:
+      if (dim <= 64) return run_float<64>(p);
+      if (dim <= 128) return run_float<128>(p);
+      if (dim <= 192) return run_float<192>(p);
+      return run_float<256>(p);
+    case DType::kFloat64: throw std::invalid_argument("attention_forward: the CUDA kernels have no float64");
+  }
+}
+
+}  // namespace fastattn::cuda
