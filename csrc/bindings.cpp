@@ -1,6 +1,7 @@
-// The Python module fastattn._native: the only C++ file that knows Python. It knows no tensor library either: a tensor comes
-// as (data pointer, strides, dtype code), and fastattn/backends/native.py makes these from torch tensors, allocates every
-// output and the workspace, and has checked what the kernels rely on.
+// The Python modules, the only C++ file that knows Python: fastattn._native over the CPU kernels and, compiled a second time
+// with FASTATTN_CUDA_MODULE, fastattn._cuda over the CUDA kernels. It knows no tensor library either: a tensor comes as (data
+// pointer, strides, dtype code), and fastattn/backends/native.py makes these from torch tensors, allocates every output and
+// the workspace, and has checked what the kernels rely on.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -10,8 +11,15 @@
 #include "core/mask.h"
 #include "core/params.h"
 #include "core/philox.h"
+#if defined(FASTATTN_CUDA_MODULE)
+#include "cuda/dispatch.h"
+#include "cuda/kernels.h"
+namespace kernels = fastattn::cuda;
+#else
 #include "cpu/dispatch.h"
 #include "cpu/kernels.h"
+namespace kernels = fastattn::cpu;
+#endif
 
 namespace py = pybind11;
 using namespace fastattn;
@@ -91,35 +99,59 @@ MaskParams mask_params(const py::object& source) {
   return mask;
 }
 
+// What the kernels run on: on the CPU the number of threads, for CUDA the stream.
+template <typename Params>
+void set_executor(Params& params, uint64_t executor) {
+#if defined(FASTATTN_CUDA_MODULE)
+  params.stream = reinterpret_cast<void*>(executor);
+#else
+  params.num_threads = cpu::effective_threads(static_cast<int>(executor));
+#endif
+}
+
+// The seed itself, for CUDA its address: it is read where it lies.
+DropoutParams dropout_params(double p, uint64_t seed) {
+#if defined(FASTATTN_CUDA_MODULE)
+  return {p, 0, reinterpret_cast<const uint64_t*>(seed)};
+#else
+  return {p, seed, nullptr};
+#endif
+}
+
 // The part of the arguments that every attention operation takes.
 // sizes: (batch, heads_q, heads_kv, len_q, len_k, dim_qk, dim_v).
 template <typename Params>
 Params attention_params(const py::tuple& sizes, double scale, const TensorRef& query, const TensorRef& key,
                         const TensorRef& value, const TensorRef& bias, const py::object& mask, double dropout_p,
-                        uint64_t dropout_seed, const TensorRef& lse, int num_threads) {
+                        uint64_t dropout_seed, const TensorRef& lse, uint64_t executor) {
   Params params;
   int64_t* const fields[] = {&params.batch, &params.heads_q, &params.heads_kv, &params.len_q,
                              &params.len_k, &params.dim_qk,  &params.dim_v};
   int n = 0;
   for (int64_t* field : fields) *field = py::cast<int64_t>(sizes[n++]);
+#if defined(FASTATTN_CUDA_MODULE)
+  if (params.dim_qk > cuda::kMaxHeadDim || params.dim_v > cuda::kMaxHeadDim)
+    throw py::value_error("the CUDA kernels take head dims up to " + std::to_string(cuda::kMaxHeadDim));
+#endif
   params.scale = scale;
   params.query = query;
   params.key = key;
   params.value = value;
   params.bias = bias;
   params.mask = mask_params(mask);
-  params.dropout = {dropout_p, dropout_seed};
+  params.dropout = dropout_params(dropout_p, dropout_seed);
   params.lse = lse;
-  params.num_threads = cpu::effective_threads(num_threads);
+  set_executor(params, executor);
   return params;
 }
 
 // A launch in two steps, so that Python allocates the workspace in between: the constructor fills the parameters,
-// `workspace_bytes` tells how much they need, `run` runs without the GIL.
+// `workspace_bytes` tells how much they need, `run` runs without the GIL. The class is local to the module: the other module
+// has one over the same parameters.
 template <typename Params>
 py::class_<Params> launch(py::module_& module, const char* name, int64_t (*workspace)(const Params&),
                           void (*kernel)(const Params&)) {
-  return py::class_<Params>(module, name)
+  return py::class_<Params>(module, name, py::module_local())
       .def_property_readonly("workspace_bytes", workspace)
       .def(
           "run",
@@ -135,19 +167,19 @@ py::class_<Params> launch(py::module_& module, const char* name, int64_t (*works
 #define FASTATTN_SHARED                                                                                        \
   const py::tuple &sizes, double scale, const TensorRef &query, const TensorRef &key, const TensorRef &value,  \
       const TensorRef &bias, const py::object &mask, double dropout_p, uint64_t dropout_seed,                  \
-      const TensorRef &lse, int num_threads
+      const TensorRef &lse, uint64_t executor
 #define FASTATTN_SHARED_PARAMS(Params) \
-  attention_params<Params>(sizes, scale, query, key, value, bias, mask, dropout_p, dropout_seed, lse, num_threads)
+  attention_params<Params>(sizes, scale, query, key, value, bias, mask, dropout_p, dropout_seed, lse, executor)
 
 void bind_attention(py::module_& module) {
-  launch<AttentionForwardParams>(module, "AttentionForward", cpu::attention_forward_workspace, cpu::attention_forward)
+  launch<AttentionForwardParams>(module, "AttentionForward", kernels::attention_forward_workspace, kernels::attention_forward)
       .def(py::init([](FASTATTN_SHARED, const TensorRef& out) {
         auto params = FASTATTN_SHARED_PARAMS(AttentionForwardParams);
         params.out = out;
         return params;
       }));
-  launch<AttentionBackwardParams>(module, "AttentionBackward", cpu::attention_backward_workspace,
-                                  cpu::attention_backward)
+  launch<AttentionBackwardParams>(module, "AttentionBackward", kernels::attention_backward_workspace,
+                                  kernels::attention_backward)
       .def(py::init([](FASTATTN_SHARED, const TensorRef& out, const TensorRef& grad_out, const TensorRef& grad_lse,
                        const TensorRef& grad_query, const TensorRef& grad_key, const TensorRef& grad_value,
                        const TensorRef& grad_bias) {
@@ -161,15 +193,15 @@ void bind_attention(py::module_& module) {
         params.grad_bias = grad_bias;
         return params;
       }));
-  launch<AttentionWeightsParams>(module, "AttentionWeights", cpu::attention_weights_workspace, cpu::attention_weights)
+  launch<AttentionWeightsParams>(module, "AttentionWeights", kernels::attention_weights_workspace, kernels::attention_weights)
       .def(py::init([](FASTATTN_SHARED, const TensorRef& weights, bool average_heads) {
         auto params = FASTATTN_SHARED_PARAMS(AttentionWeightsParams);
         params.weights = weights;
         params.average_heads = average_heads;
         return params;
       }));
-  launch<AttentionWeightsBackwardParams>(module, "AttentionWeightsBackward", cpu::attention_weights_backward_workspace,
-                                         cpu::attention_weights_backward)
+  launch<AttentionWeightsBackwardParams>(module, "AttentionWeightsBackward", kernels::attention_weights_backward_workspace,
+                                         kernels::attention_weights_backward)
       .def(py::init([](FASTATTN_SHARED, const TensorRef& grad_weights, bool average_heads, const TensorRef& grad_query,
                        const TensorRef& grad_key, const TensorRef& grad_lse, const TensorRef& grad_bias) {
         auto params = FASTATTN_SHARED_PARAMS(AttentionWeightsBackwardParams);
@@ -188,7 +220,7 @@ void bind_attention(py::module_& module) {
 
 void bind_mask_tiles(py::module_& module) {
   module.def("mask_tiles", [](const py::list& masks, const py::tuple& sizes, int64_t block_m, int64_t block_n,
-                              const py::tuple& outputs, int num_threads) {
+                              const py::tuple& outputs, uint64_t executor) {
     MaskTilesParams params;
     if (masks.size() > MaskTilesParams::kMaxMasks) throw py::value_error("too many masks");
     for (const py::handle& item : masks) {
@@ -205,18 +237,18 @@ void bind_mask_tiles(py::module_& module) {
     uint64_t** const pointers[] = {&params.bits, &params.live, &params.full, &params.live_t, &params.full_t};
     n = 0;
     for (uint64_t** output : pointers) *output = pointer<uint64_t>(py::cast<TensorRef>(outputs[n++]));
-    params.num_threads = cpu::effective_threads(num_threads);
+    set_executor(params, executor);
     const py::gil_scoped_release release;
-    cpu::mask_tiles(params);
+    kernels::mask_tiles(params);
   });
 }
 
 void bind_masked_loss(py::module_& module) {
-  launch<MaskedLossParams>(module, "MaskedLoss", cpu::masked_loss_workspace, cpu::masked_loss)
+  launch<MaskedLossParams>(module, "MaskedLoss", kernels::masked_loss_workspace, kernels::masked_loss)
       .def(py::init([](int kind, int reduction, double beta, const py::tuple& size, int64_t patch_size,
                        const TensorRef& input, const TensorRef& target, const TensorRef& mask, bool normalize_target,
                        double normalize_eps, const TensorRef& loss, const TensorRef& grad_input,
-                       const TensorRef& grad_loss, int num_threads) {
+                       const TensorRef& grad_loss, uint64_t executor) {
         MaskedLossParams params;
         params.kind = static_cast<LossKind>(kind);
         params.reduction = static_cast<Reduction>(reduction);
@@ -234,10 +266,12 @@ void bind_masked_loss(py::module_& module) {
         params.loss = loss;
         params.grad_input = grad_input;
         params.grad_loss = grad_loss;
-        params.num_threads = cpu::effective_threads(num_threads);
+        set_executor(params, executor);
         return params;
       }));
 }
+
+#if !defined(FASTATTN_CUDA_MODULE)
 
 // The rules of csrc/core, element by element and tile by tile, for the tests that compare every implementation of them.
 void bind_rules(py::module_& module) {
@@ -296,6 +330,8 @@ std::string level() {
                         std::string(std::getenv("FASTATTN_CPU_LEVEL")) + "'");
 }
 
+#endif
+
 py::dict build_info() {
   py::dict info;
 #if defined(__clang__)
@@ -303,6 +339,12 @@ py::dict build_info() {
 #else
   info["compiler"] = "g++ " __VERSION__;
 #endif
+#if defined(FASTATTN_CUDA_MODULE)
+  py::list architectures;
+  for (const int architecture : cuda::kArchitectures) architectures.append(architecture);
+  info["architectures"] = py::tuple(architectures);
+  info["cuda"] = cuda::toolkit();
+#else
 #if defined(_OPENMP)
   info["openmp"] = _OPENMP;
 #else
@@ -310,20 +352,27 @@ py::dict build_info() {
 #endif
   info["levels"] = supported_levels();
   info["level"] = level();
+#endif
   return info;
 }
 
 }  // namespace
 
+#if defined(FASTATTN_CUDA_MODULE)
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels of fastattn; called by fastattn/backends/native.py only.";
+  module.attr("EMULATED") = cuda::kEmulated;
+#else
 PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of fastattn; called by fastattn/backends/native.py only.";
   module.def("level", level);
   module.def("supported_levels", supported_levels);
+  bind_rules(module);
+#endif
   module.def("build_info", build_info);
-  module.attr("TILE_M") = cpu::kTileM;
-  module.attr("TILE_N") = cpu::kTileN;
+  module.attr("TILE_M") = kernels::kTileM;
+  module.attr("TILE_N") = kernels::kTileN;
   bind_attention(module);
   bind_mask_tiles(module);
   bind_masked_loss(module);
-  bind_rules(module);
 }

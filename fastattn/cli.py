@@ -88,20 +88,21 @@ def _facts() -> list[tuple[str, str]]:
     ]
     failure = dispatch.NATIVE_FAILURE
     if failure is None:
-        native = importlib.import_module("fastattn._native")
-        levels = list(native.supported_levels())
+        native = dispatch.load("cpu")
+        built = native.info()
         forced = " (FASTATTN_CPU_LEVEL)" if os.environ.get("FASTATTN_CPU_LEVEL") else ""
         facts += [
-            ("native library", str(native.__file__)),
-            ("CPU level", f"{native.level()}{forced}; this CPU can run {', '.join(levels)}"),
+            ("native library", native.file),
+            ("CPU level", f"{built['level']}{forced}; this CPU can run {', '.join(built['levels'])}"),
+            ("compiler", built["compiler"]),
         ]
-        facts.append(("compiler", str(native.build_info()["compiler"])))
     else:
         facts += [
             ("native library", f"not there: {failure}"),
             ("", "everything runs on the reference backend, in plain PyTorch. To build the library, install a C++"),
             ("", "compiler (gcc or clang), then: pip install --force-reinstall --no-deps fastattn"),
         ]
+    facts += _cuda_facts()
     facts += [
         ("OpenMP runtime", ", ".join(_openmp_runtimes()) or "none loaded"),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS), {os.cpu_count()} processors"),
@@ -112,6 +113,24 @@ def _facts() -> list[tuple[str, str]]:
     chosen = dispatch.explain_problem(problem).chosen
     facts.append(("used for CPU tensors", chosen or "none: the backend asked for in FASTATTN_BACKEND is not able"))
     return facts
+
+
+def _cuda_facts() -> list[tuple[str, str]]:
+    failure = dispatch.CUDA_FAILURE
+    if failure is not None:
+        return [
+            ("CUDA library", f"not there: {failure}"),
+            (
+                "",
+                "built where nvcc and a GPU are found; installing with FASTATTN_CUDA=on builds it, or tells why not",
+            ),
+        ]
+    library = dispatch.load("cuda")
+    built = library.info()
+    if dispatch.CUDA_EMULATED:
+        return [("CUDA library", f"{library.file}: emulated on the CPU (FASTATTN_CUDA_LIBRARY), for tests")]
+    capabilities = ", ".join(f"{number // 10}.{number % 10}" for number in built["architectures"])
+    return [("CUDA library", f"{library.file}: CUDA {built['cuda']}, built for capability {capabilities}")]
 
 
 def _version() -> str:

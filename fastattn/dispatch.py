@@ -1,7 +1,7 @@
 """Backends: who can run a problem, and who will.
 
-A backend is one record below. The first able one runs, in the order of preference; a backend that the caller names
-runs or raises, it never falls back.
+A backend is one record below. The first able one of `preference` runs; a backend that the caller names runs or raises,
+it never falls back.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import ModuleType, TracebackType
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 
+from fastattn.backends import native
+
 MAX_HEAD_DIM_CPU = 512
-MAX_HEAD_DIM_TRITON = 256
-MIN_CAPABILITY_TRITON = (8, 0)
+MAX_HEAD_DIM_GPU = 256
+MIN_CAPABILITY = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRITON_DTYPES = KERNEL_DTYPES[:3]
+GPU_DTYPES = KERNEL_DTYPES[:3]
 
 
 class Problem(NamedTuple):
@@ -35,16 +37,13 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend: its name, the module that has its functions, and every reason why it cannot run a problem."""
+    """One backend: its name, what gives the object that has its functions, and every reason why it cannot run a
+    problem."""
 
     name: str
-    module: str
+    load: Callable[[], Any]
     why_not: Callable[[Problem], list[str]]
     tile: tuple[int, int] = (48, 64)  # queries by keys, of the tile map of a dense mask
-
-
-def _absent(name: str) -> Callable[[Problem], list[str]]:
-    return lambda problem: [f"this build has no {name} backend"]
 
 
 def _cpu_why_not(problem: Problem) -> list[str]:
@@ -60,26 +59,63 @@ def _cpu_why_not(problem: Problem) -> list[str]:
     return reasons
 
 
+def _cuda_why_not(problem: Problem) -> list[str]:
+    reasons = []
+    if CUDA_FAILURE is not None:
+        reasons.append(CUDA_FAILURE)
+    elif CUDA_EMULATED:
+        if problem.device != "cpu":
+            reasons.append("its kernels are emulated (FASTATTN_CUDA_LIBRARY), which takes CPU tensors")
+    elif problem.device == "cuda":
+        reasons.extend(_capability_reasons())
+        capability = _cuda_capability()
+        if capability is not None and capability >= MIN_CAPABILITY and not _has_code_for(capability):
+            built = ", ".join(f"{each // 10}.{each % 10}" for each in CUDA_ARCHITECTURES)
+            reasons.append(f"it was built for capability {built}, this GPU has {capability[0]}.{capability[1]}")
+    if problem.device != "cuda" and not (CUDA_EMULATED and problem.device == "cpu"):
+        reasons.append(f"it computes on CUDA tensors, these are on {problem.device!r}")
+    return reasons + _gpu_kernel_reasons(problem)
+
+
+def _has_code_for(capability: tuple[int, int]) -> bool:
+    """Machine code runs on later minor versions of its generation, the PTX of the last architecture on all later."""
+    major, minor = capability
+    number = 10 * major + minor
+    return number >= max(CUDA_ARCHITECTURES) or any(
+        each // 10 == major and each <= number for each in CUDA_ARCHITECTURES
+    )
+
+
 def _triton_why_not(problem: Problem) -> list[str]:
     reasons = []
     if TRITON_FAILURE is not None:
         reasons.append(TRITON_FAILURE)
     if problem.device == "cuda":
-        capability = _cuda_capability()
-        if capability is None:
-            reasons.append("torch sees no CUDA device")
-        elif capability < MIN_CAPABILITY_TRITON:
-            reasons.append(f"it needs a GPU of capability 8.0 or later, this one has {capability[0]}.{capability[1]}")
+        reasons.extend(_capability_reasons())
         if TRITON_INTERPRETED:
             reasons.append("Triton's interpreter is on (TRITON_INTERPRET=1), which takes CPU tensors")
     elif problem.device != "cpu" or not TRITON_INTERPRETED:
         reasons.append(
             f"it computes on CUDA tensors, these are on {problem.device!r} (CPU tensors: only with TRITON_INTERPRET=1)"
         )
-    if problem.dtype not in TRITON_DTYPES:
+    return reasons + _gpu_kernel_reasons(problem)
+
+
+def _capability_reasons() -> list[str]:
+    capability = _cuda_capability()
+    if capability is None:
+        return ["torch sees no CUDA device"]
+    if capability < MIN_CAPABILITY:
+        return [f"it needs a GPU of capability 8.0 or later, this one has {capability[0]}.{capability[1]}"]
+    return []
+
+
+def _gpu_kernel_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.dtype not in GPU_DTYPES:
         reasons.append(f"it has no {problem.dtype} kernels")
-    if problem.head_dim > MAX_HEAD_DIM_TRITON:
-        reasons.append(f"its largest head dim is {MAX_HEAD_DIM_TRITON}, this one is {problem.head_dim}")
+    if problem.head_dim > MAX_HEAD_DIM_GPU:
+        reasons.append(f"its largest head dim is {MAX_HEAD_DIM_GPU}, this one is {problem.head_dim}")
     return reasons
 
 
@@ -94,38 +130,52 @@ def _reference_why_not(problem: Problem) -> list[str]:
     return []
 
 
-# In the order of preference.
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cuda", "fastattn.backends.native", _absent("cuda")),
-        Backend("triton", "fastattn.backends.triton", _triton_why_not, tile=(64, 64)),
-        Backend("cpu", "fastattn.backends.native", _cpu_why_not),
-        Backend("reference", "fastattn.backends.reference", _reference_why_not),
+        Backend("cuda", lambda: native.library("cuda"), _cuda_why_not, tile=(64, 64)),
+        Backend("triton", lambda: importlib.import_module("fastattn.backends.triton"), _triton_why_not, tile=(64, 64)),
+        Backend("cpu", lambda: native.library("cpu"), _cpu_why_not),
+        Backend("reference", lambda: importlib.import_module("fastattn.backends.reference"), _reference_why_not),
     )
 }
 
 
-def _import_native() -> str | None:
+def preference(problem: Problem) -> tuple[str, ...]:
+    """The backends that are tried when none is named; the first able one runs.
+
+    For GPU tensors this is the one place that decides between cuda and triton: for each problem, the one that the
+    results in bench/results show to be faster comes first. None of a GPU are recorded yet, so cuda comes first.
+    """
+    if problem.device == "cpu":
+        # Not cuda: its emulated kernels take CPU tensors, for tests that name it.
+        return "triton", "cpu", "reference"
+    return tuple(BACKENDS)
+
+
+def _failure(backend: str) -> str | None:
     try:
-        importlib.import_module("fastattn.backends.native")
+        native.library(backend)
     except ImportError as error:
         return str(error)
     return None
 
 
-# Why the compiled library cannot be loaded; None when it can. Tried once, at import: what torch.compile traces must be
+# Why a compiled library cannot be loaded; None when it can. Tried once, at import: what torch.compile traces must be
 # plain data.
-NATIVE_FAILURE: str | None = _import_native()
+NATIVE_FAILURE: str | None = _failure("cpu")
+CUDA_FAILURE: str | None = _failure("cuda")
+CUDA_EMULATED: bool = CUDA_FAILURE is None and isinstance(native.library("cuda"), native.EmulatedCudaLibrary)
+CUDA_ARCHITECTURES: tuple[int, ...] = () if CUDA_FAILURE else tuple(native.library("cuda").info()["architectures"])
 # Triton itself is imported when a kernel first runs: it takes longer than all of fastattn.
 TRITON_FAILURE: str | None = None if importlib.util.find_spec("triton") else "Triton is not installed"
 TRITON_INTERPRETED: bool = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
-def load(name: str) -> ModuleType:
-    """The module with the functions of a backend."""
-    return importlib.import_module(BACKENDS[name].module)
+def load(name: str) -> Any:
+    """The module or library with the functions of a backend."""
+    return BACKENDS[name].load()
 
 
 def _check_name(name: object) -> str:
@@ -180,8 +230,8 @@ def select(problem: Problem, backend: str | None = None) -> str:
 
 
 def _first_able(problem: Problem) -> str:
-    for name, backend in BACKENDS.items():
-        if not backend.why_not(problem):
+    for name in preference(problem):
+        if not BACKENDS[name].why_not(problem):
             return name
     raise RuntimeError(f"no backend can run this {problem.operation}: {explain_problem(problem)}")
 
@@ -209,6 +259,8 @@ class Explanation:
                 continue
             if reasons:
                 text = "; ".join(reasons)
+            elif name not in preference(self.problem):
+                text = "able, but only when it is named"
             elif self.requested:
                 text = f"able, but {self.requested!r} was asked for"
             else:
@@ -224,7 +276,7 @@ def explain_problem(problem: Problem, backend: str | None = None, notes: tuple[s
     reasons = {name: record.why_not(problem) for name, record in BACKENDS.items()}
     chosen: str | None
     if requested is None:
-        chosen = next((name for name, why in reasons.items() if not why), None)
+        chosen = next((name for name in preference(problem) if not reasons[name]), None)
     else:
         chosen = _check_name(requested)
         if reasons[chosen]:

@@ -45,7 +45,8 @@ def run_python(program: str, cwd: Path = ROOT, **environment: str) -> str:
 # of its own (and hangs in a forked child).
 ATTEND = """
 import torch
-from fastattn.backends import native
+from fastattn import dispatch
+native = dispatch.load("cpu")
 
 def attend(seed=0, length=97):
     torch.manual_seed(seed)
@@ -136,7 +137,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 
 @needs_native
 def test_omp_num_threads_is_honoured() -> None:
-    program = "from fastattn.backends import native; print(native.info()['threads'])"
+    program = "from fastattn import dispatch; print(dispatch.load('cpu').info()['threads'])"
     assert int(run_python(program, OMP_NUM_THREADS="1")) == 1
 
 
@@ -164,7 +165,7 @@ assert all((a == b).all() for a, b in zip(attend(), expected)), "the parent comp
 
 @needs_native
 def test_several_python_threads_at_once() -> None:
-    from fastattn.backends import native
+    native = dispatch.load("cpu")
 
     torch.manual_seed(1)
     inputs = [tuple(torch.randn(1, 2, 70 + 11 * n, 24) for _ in range(3)) for n in range(8)]
@@ -182,7 +183,7 @@ def test_several_python_threads_at_once() -> None:
 @needs_native
 def test_tensors_without_memory_are_refused() -> None:
     """A meta tensor has no address that a kernel could read."""
-    from fastattn.backends import native
+    native = dispatch.load("cpu")
 
     x, meta = torch.randn(1, 2, 9, 16), torch.empty(1, 2, 9, 16, device="meta")
     mask = torch.ones(x.shape, dtype=torch.bool)
@@ -204,7 +205,7 @@ def test_tensors_without_memory_are_refused() -> None:
 def supported_levels() -> tuple[str, ...]:
     if dispatch.NATIVE_FAILURE is not None:
         return ()
-    from fastattn.backends import native
+    native = dispatch.load("cpu")
 
     return native.info()["levels"]
 
@@ -213,7 +214,7 @@ def supported_levels() -> tuple[str, ...]:
 def test_the_widest_level_is_used() -> None:
     if os.environ.get("FASTATTN_CPU_LEVEL"):
         pytest.skip("FASTATTN_CPU_LEVEL asks for a certain level")
-    from fastattn.backends import native
+    native = dispatch.load("cpu")
 
     assert native.info()["level"] == native.info()["levels"][-1]
 
@@ -223,10 +224,9 @@ def test_every_level_is_right(level: str) -> None:
     """Every operation of the library at one level, against the reference."""
     program = """
 import torch, fastattn
-from fastattn import Mask
-from fastattn.backends import native
+from fastattn import Mask, dispatch
 torch.set_num_threads(1)
-print(native.info()["level"])
+print(dispatch.load("cpu").info()["level"])
 
 def same(backend_to_tensors):
     for found, wanted in zip(backend_to_tensors("cpu"), backend_to_tensors("reference"), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -36,10 +35,17 @@ def test_info_tells_versions_levels_threads_and_backends(capsys: pytest.CaptureF
     assert torch.__version__ in out and str(torch.get_num_threads()) in out
     for backend in dispatch.BACKENDS:
         assert f"backend {backend}" in out
-    assert "this build has no cuda backend" in out
+    assert "CUDA library" in out
     if dispatch.NATIVE_FAILURE is None:
-        native = importlib.import_module("fastattn._native")
-        assert native.level() in out and "compiler" in out
+        assert dispatch.load("cpu").info()["level"] in out and "compiler" in out
+
+
+def test_info_explains_a_missing_cuda_library(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "CUDA_FAILURE", "No module named 'fastattn._cuda'")
+    _, out, _ = run(capsys, "info")
+    assert "not there: No module named 'fastattn._cuda'" in out and "FASTATTN_CUDA=on" in out
 
 
 def test_info_explains_a_missing_native_library(
@@ -104,7 +110,7 @@ def test_verify_judges_a_function_in_the_current_directory(
         (("verfiy",), ("verfiy",)),
         (("verify", "metal"), ("backend", "'metal'", "reference")),
         (("verify", "--backend", "metal"), ("'metal'",)),
-        (("verify", "cuda"), ("this build has no cuda backend",)),
+        (("verify", "cuda"), ("backend 'cuda' cannot run this attention", "these are on 'cpu'")),
         (("verify", "--backend", "a:b"), ("--backend", "'a:b'")),
         (("verify", "cpu", "--backend", "cpu"), ("TARGET", "--backend")),
         (("verify", "no_such_module:f"), ("no_such_module:f", "cannot be loaded")),

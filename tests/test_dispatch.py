@@ -37,11 +37,19 @@ def run(code, **environment):
     )
 
 
+def gpu(monkeypatch, capability, failure=None, emulated=False, architectures=(80, 90)):
+    monkeypatch.setattr(dispatch, "CUDA_FAILURE", failure)
+    monkeypatch.setattr(dispatch, "CUDA_EMULATED", emulated)
+    monkeypatch.setattr(dispatch, "CUDA_ARCHITECTURES", architectures)
+    monkeypatch.setattr(dispatch, "_cuda_capability", lambda: capability)
+
+
 def test_order_of_preference():
     assert list(dispatch.BACKENDS) == ["cuda", "triton", "cpu", "reference"]
 
 
-def test_first_able_backend_runs(with_native):
+def test_first_able_backend_runs(with_native, monkeypatch):
+    gpu(monkeypatch, None)
     assert dispatch.select(PROBLEM) == "cpu"
     assert dispatch.select(PROBLEM._replace(head_dim=512)) == "cpu"
     assert dispatch.select(PROBLEM._replace(head_dim=513)) == "reference"
@@ -64,8 +72,39 @@ def test_a_named_backend_never_falls_back(without_native):
         assert reason in str(error.value)
     with fastattn.use_backend("cpu"), pytest.raises(RuntimeError, match="cannot run this attention"):
         dispatch.select(problem)
-    with pytest.raises(RuntimeError, match="this build has no cuda backend"):
-        dispatch.select(PROBLEM, "cuda")
+
+
+def test_cuda_tells_every_reason(monkeypatch):
+    why_not = dispatch.BACKENDS["cuda"].why_not
+    problem = PROBLEM._replace(device="cuda")
+    gpu(monkeypatch, None, "it was never built")
+    reasons = why_not(Problem("attention", "cpu", torch.float64, 300))
+    expected = ("it was never built", "these are on 'cpu'", "no torch.float64 kernels", "largest head dim is 256")
+    assert len(reasons) == len(expected) and all(e in r for e, r in zip(expected, reasons, strict=True))
+    gpu(monkeypatch, None)
+    assert why_not(problem) == ["torch sees no CUDA device"]
+    gpu(monkeypatch, (7, 5))
+    assert why_not(problem) == ["it needs a GPU of capability 8.0 or later, this one has 7.5"]
+    for capability, architectures in {(8, 0): (80, 90), (8, 9): (80, 90), (10, 0): (80, 90), (12, 1): (90,)}.items():
+        gpu(monkeypatch, capability, architectures=architectures)
+        assert why_not(problem) == [], capability
+    gpu(monkeypatch, (8, 6), architectures=(90, 100))
+    assert why_not(problem) == ["it was built for capability 9.0, 10.0, this GPU has 8.6"]
+
+
+def test_cuda_comes_first_for_gpu_tensors_and_emulated_only_by_name(with_native, monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_FAILURE", None)
+    monkeypatch.setattr(dispatch, "TRITON_INTERPRETED", False)
+    gpu(monkeypatch, (9, 0))
+    assert dispatch.select(PROBLEM._replace(device="cuda")) == "cuda"
+    gpu(monkeypatch, (9, 0), failure="it was never built")
+    assert dispatch.select(PROBLEM._replace(device="cuda")) == "triton"
+    gpu(monkeypatch, None, emulated=True)
+    assert dispatch.select(PROBLEM) == "cpu" == dispatch.explain_problem(PROBLEM).chosen
+    assert dispatch.select(PROBLEM, "cuda") == "cuda"
+    assert "cuda: able, but only when it is named" in str(dispatch.explain_problem(PROBLEM))
+    with pytest.raises(RuntimeError, match="emulated"):
+        dispatch.select(PROBLEM._replace(device="cuda"), "cuda")
 
 
 def test_triton_tells_every_reason(monkeypatch):
@@ -157,7 +196,7 @@ def test_explain_tells_what_runs_and_why_not_the_others(with_native):
     assert explanation.reasons["cpu"] == [] == explanation.reasons["reference"]
     text = str(explanation)
     assert text.splitlines()[0] == "attention: cpu (the first able one)"
-    assert "cuda: this build has no cuda backend" in text
+    assert "cuda: " in text and "these are on 'cpu'" in text
     assert "reference: able, but 'cpu' comes first" in text
     asked = str(fastattn.explain(query, query, query, backend="reference"))
     assert asked.splitlines()[0] == "attention: reference (asked for)"

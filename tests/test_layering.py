@@ -84,8 +84,7 @@ def test_nothing_imports_upward(path):
     part = part_of(path)
     # The harness, the benchmark and the command line use the package as its users do.
     as_users = {"the package itself"} | PUBLIC_NAMES if part in {"testing", "bench", "cli"} else set()
-    extra = {"_native"} if path == PACKAGE / "backends" / "native.py" else set()
-    upward = set(ours(path)) - ALLOWED[part] - {part} - as_users - extra
+    upward = set(ours(path)) - ALLOWED[part] - {part} - as_users
     assert not upward, f"{path.relative_to(ROOT)} must not import {sorted(upward)}"
 
 

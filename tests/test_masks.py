@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from fastattn import tiles
+from fastattn import dispatch, tiles
 from fastattn.backends import reference
 from fastattn.masks import UNLIMITED, KernelMask, Mask, coerce
 
@@ -352,7 +352,9 @@ def test_the_cache_stays_small():
 
 @pytest.fixture
 def native():
-    return pytest.importorskip("fastattn.backends.native", reason="the compiled library was not built")
+    if dispatch.NATIVE_FAILURE is not None:
+        pytest.skip(f"the native library is not there: {dispatch.NATIVE_FAILURE}")
+    return dispatch.load("cpu")
 
 
 def check_native(native, mask, L, S):

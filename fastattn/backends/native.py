@@ -1,42 +1,37 @@
-"""The compiled library: fills the parameter structs of csrc/core/params.h from torch tensors and calls the CPU kernels.
+"""The compiled libraries: fills the parameter structs of csrc/core/params.h from torch tensors and calls the kernels.
 
-The kernels read tensors in place, by pointer and strides. What they rely on is checked here, once (`_check_problem`,
-`_check_mask`), so that no call of an operator, however it was made, reads out of bounds. Importing this module raises
-ImportError when the library was not built.
+One `Library` each for the CPU kernels (`fastattn._native`) and the CUDA kernels (`fastattn._cuda`), with the functions
+of fastattn/backends/reference.py as methods; `library` gives them. The kernels read tensors in place, by pointer and
+strides. What they rely on is checked here, once (`_check_problem`, `_check_mask`), so that no call of an operator,
+however it was made, reads out of bounds.
+
+FASTATTN_CUDA_LIBRARY=path loads another file as `fastattn._cuda`. `make emulator` builds one whose kernels are executed
+on the CPU, by csrc/cuda/emulator: it takes CPU tensors.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cache, wraps
+from types import ModuleType
 from typing import Any
 
+# Before the libraries: the OpenMP runtime that torch brought serves the kernels too, so there is one pool of threads.
 import torch
 from torch import Tensor
 
 from fastattn.masks import UNLIMITED, KernelMask
 from fastattn.tiles import WORD, TileMap
 
-# After torch: whichever OpenMP runtime torch brought serves the kernels as well, so there is one pool of threads.
-try:
-    from fastattn import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    raise ImportError(f"fastattn was installed without its compiled library ({error})") from error
-
-# A level that cannot be had is an error here: a ValueError that names FASTATTN_CPU_LEVEL, not a quiet fall back.
-LEVEL: str = _native.level()
-TILE_M: int = _native.TILE_M
-TILE_N: int = _native.TILE_N
-
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # DType of params.h
 _KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}  # LossKind
 _REDUCTIONS = {"masked_mean": 0, "sum": 1, "mean": 2, "none": 3}  # Reduction
 
 _Ref = tuple[int, tuple[int, ...], int]  # a TensorRef: data pointer, strides in elements, dtype code
-
-
-def info() -> dict[str, Any]:
-    """What was built and what runs: "level" (in use), "levels" (this CPU can run), "compiler", "openmp" (version, None
-    without it), "threads"."""
-    return {**_native.build_info(), "threads": torch.get_num_threads()}
 
 
 # Tensors as the kernels see them ------------------------------------------------------------------------------------
@@ -59,15 +54,6 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _run(launch: Any) -> None:
-    size = launch.workspace_bytes
-    if size:
-        workspace = torch.empty(size, dtype=torch.uint8)
-        launch.run(workspace.data_ptr(), size)
-    else:
-        launch.run()
-
-
 # Checks -------------------------------------------------------------------------------------------------------------
 
 
@@ -78,22 +64,22 @@ def _require(condition: bool, name: str, tensor: Tensor, wanted: str, *values: o
         raise ValueError(f"{name} must be {wanted.format(*values)}, got {seen}")
 
 
-def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """A tensor of the problem that the kernels read or write along a contiguous last dimension."""
     fits = (
         tensor.shape == shape
         and tensor.dtype == dtype
-        and tensor.is_cpu
+        and tensor.device == device
         and (tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 or not tensor.numel())
     )
-    _require(fits, name, tensor, "a CPU tensor of {} {} with last stride 1", dtype, shape)
+    _require(fits, name, tensor, "{} {} with last stride 1 on {}", dtype, shape, device)
 
 
-def _fits(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """On the CPU, of the dtype, and each dimension of the wanted size or 1."""
+def _fits(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """On the device, of the dtype, and each dimension of the wanted size or 1."""
     return (
         tensor.dtype == dtype
-        and tensor.is_cpu
+        and tensor.device == device
         and tensor.dim() == len(shape)
         and all(size == 1 or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True))
     )
@@ -108,17 +94,19 @@ def _check_problem(query: Tensor, key: Tensor, value: Tensor | None, bias: Tenso
         raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {query.dtype}")
     if Hq and (not Hkv or Hq % Hkv):
         raise ValueError(f"the heads of query must be a multiple of those of key, got {Hq} and {Hkv}")
-    _check_like("query", query, (B, Hq, L, D), query.dtype)
-    _check_like("key", key, (B, Hkv, S, D), query.dtype)
+    device = query.device
+    fits = query.stride(-1) == 1 or D <= 1 or not query.numel()  # the rest of query is what the others are held to
+    _require(fits, "query", query, "of last stride 1")
+    _check_like("key", key, (B, Hkv, S, D), query.dtype, device)
     if value is not None:
-        _check_like("value", value, (B, Hkv, S, Dv), query.dtype)
+        _check_like("value", value, (B, Hkv, S, Dv), query.dtype, device)
     if bias is not None:
-        fits = bias.dtype in _DTYPE_CODES and _fits(bias, (B, Hq, L, S), bias.dtype)
-        _require(fits, "bias", bias, "a CPU float tensor broadcastable to {}", (B, Hq, L, S))
+        fits = bias.dtype in _DTYPE_CODES and _fits(bias, (B, Hq, L, S), bias.dtype, device)
+        _require(fits, "bias", bias, "a float tensor broadcastable to {} on {}", (B, Hq, L, S), device)
     return B, Hq, Hkv, L, S, D, Dv
 
 
-def _check_mask(mask: KernelMask, B: int, H: int, L: int, S: int) -> None:
+def _check_mask(mask: KernelMask, B: int, H: int, L: int, S: int, device: torch.device) -> None:
     expected: tuple[tuple[str, Tensor | None, tuple[int, ...], torch.dtype], ...] = (
         ("prefix lengths", mask.prefix_lengths, (B,), torch.int64),
         ("key lengths", mask.key_lengths, (B,), torch.int64),
@@ -128,15 +116,15 @@ def _check_mask(mask: KernelMask, B: int, H: int, L: int, S: int) -> None:
     )
     for name, tensor, shape, dtype in expected:
         if tensor is not None:
-            fits = _fits(tensor, shape, dtype) and tensor.shape[1:] == shape[1:]
-            _require(fits, f"mask: {name}", tensor, "a CPU tensor of {} {}, batch size 1 allowed", dtype, shape)
+            fits = _fits(tensor, shape, dtype, device) and tensor.shape[1:] == shape[1:]
+            _require(fits, f"mask: {name}", tensor, "{} {} on {}, batch size 1 allowed", dtype, shape, device)
     if (mask.query_segments is None) != (mask.key_segments is None):
         raise ValueError("mask: segments need the ids of the queries and of the keys")
     if mask.tile_map is not None:
-        _check_tile_map(mask.tile_map, B, H, L, S)
+        _check_tile_map(mask.tile_map, B, H, L, S, device)
 
 
-def _check_tile_map(tile_map: TileMap, B: int, H: int, L: int, S: int) -> None:
+def _check_tile_map(tile_map: TileMap, B: int, H: int, L: int, S: int, device: torch.device) -> None:
     if tile_map.bits is None:
         raise ValueError("mask: the tile map of a dense mask must carry its bits")
     if tile_map.block_m < 1 or tile_map.block_n < 1 or tile_map.block_n % WORD:
@@ -155,22 +143,24 @@ def _check_tile_map(tile_map: TileMap, B: int, H: int, L: int, S: int) -> None:
     for name, shape in shapes.items():
         tensor: Tensor = getattr(tile_map, name)
         fits = (
-            _fits(tensor, (B, H, *shape), torch.int64)
+            _fits(tensor, (B, H, *shape), torch.int64, device)
             and tensor.shape[:2] == leading
             and tensor.shape[2:] == shape
             and tensor.is_contiguous()
         )
-        _require(fits, f"mask: {name} of the tile map", tensor, "contiguous int64 of {}", (B, H, *shape))
+        _require(fits, f"mask: {name} of the tile map", tensor, "contiguous int64 {} on {}", (B, H, *shape), device)
 
 
 # The shared arguments -----------------------------------------------------------------------------------------------
 
 
-def _mask_arguments(mask: KernelMask | None, B: int, H: int, L: int, S: int) -> tuple[Any, ...] | None:
+def _mask_arguments(
+    mask: KernelMask | None, B: int, H: int, L: int, S: int, device: torch.device
+) -> tuple[Any, ...] | None:
     """The MaskParams, as csrc/bindings.cpp reads them."""
     if mask is None:
         return None
-    _check_mask(mask, B, H, L, S)
+    _check_mask(mask, B, H, L, S, device)
     low, high = -UNLIMITED, UNLIMITED
     if mask.band is not None:
         left_top, right_top, left_bottom, right_bottom = mask.band
@@ -206,103 +196,19 @@ def _broadcast_row(tensor: Tensor | None) -> _Ref | None:
     return tensor.data_ptr(), (tensor.stride(0) if tensor.shape[0] > 1 else 0, tensor.stride(1)), 0
 
 
-def _shared(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    bias: Tensor | None,
-    mask: KernelMask | None,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    lse: Tensor,
-) -> tuple[Any, ...]:
-    """The arguments that every attention launch begins with (csrc/bindings.cpp, attention_params)."""
-    sizes = _check_problem(query, key, value, bias)
-    B, Hq, _, L, S, _, _ = sizes
-    lse_dtype = _accumulation_dtype(query.dtype)
-    fits = lse.shape == (B, Hq, L) and lse.dtype == lse_dtype and lse.is_contiguous() and lse.is_cpu
-    _require(fits, "lse", lse, "contiguous {} {} on the CPU", lse_dtype, (B, Hq, L))
-    if dropout_p > 0 and dropout_seed is None:
-        raise ValueError("dropout_seed must be given when dropout_p > 0")
-    seed = int(dropout_seed.item()) % 2**64 if dropout_p > 0 and dropout_seed is not None else 0
-    arguments = (
-        *(sizes, scale, _ref(query), _ref(key), _ref(value), _broadcast_ref(bias)),
-        *(_mask_arguments(mask, B, Hq, L, S), dropout_p, seed, _ref(lse), torch.get_num_threads()),
-    )
-    return arguments
-
-
 def _unit_stride(tensor: Tensor) -> Tensor:
     # An expanded gradient, such as that of a sum: no input of the user's, so copying it is no hidden copy.
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-# Attention ----------------------------------------------------------------------------------------------------------
-
-
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: KernelMask | None,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """out (B, Hq, L, Dv) over memory (B, L, Hq, Dv), and lse (B, Hq, L) of the undropped scores."""
-    B, Hq, L, _ = query.shape
-    out = query.new_empty((B, L, Hq, value.shape[3])).transpose(1, 2)
-    lse = query.new_empty((B, Hq, L), dtype=_accumulation_dtype(query.dtype))
-    shared = _shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
-    _run(_native.AttentionForward(*shared, _ref(out)))
-    return out, lse
-
-
-def attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    mask: KernelMask | None,
-    scale: float,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    need_grad_bias: bool,
-) -> Tensor | None:
-    """Writes the gradients of query, key and value; returns that of bias, or None."""
-    shared = _shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
-    grad_out, out = _unit_stride(grad_out), _unit_stride(out)
-    shape_out = (*query.shape[:3], value.shape[3])
-    for name, tensor, shape in (
-        ("out", out, shape_out),
-        ("grad_out", grad_out, shape_out),
-        ("grad_query", grad_query, tuple(query.shape)),
-        ("grad_key", grad_key, tuple(key.shape)),
-        ("grad_value", grad_value, tuple(value.shape)),
-    ):
-        _check_like(name, tensor, shape, query.dtype)
-    if grad_lse is not None:
-        fits = grad_lse.shape == lse.shape and grad_lse.is_cpu
-        _require(fits, "grad_lse", grad_lse, "a CPU tensor of lse's shape {}", tuple(lse.shape))
-        grad_lse = grad_lse.to(lse.dtype)
-    grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
-    _run(
-        _native.AttentionBackward(
-            *shared,
-            *(_ref(out), _ref(grad_out), _ref(grad_lse), _ref(grad_query), _ref(grad_key), _ref(grad_value)),
-            _broadcast_ref(grad_bias),
-        )
-    )
-    return None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+def _run(launch: Any, tensor: Tensor) -> None:
+    """Launches with a workspace on the device of `tensor`."""
+    size = launch.workspace_bytes
+    if size:
+        workspace = tensor.new_empty(size, dtype=torch.uint8)
+        launch.run(workspace.data_ptr(), size)
+    else:
+        launch.run()
 
 
 def _new_grad_bias(bias: Tensor | None, query: Tensor, key: Tensor, wanted: bool) -> Tensor | None:
@@ -310,27 +216,8 @@ def _new_grad_bias(bias: Tensor | None, query: Tensor, key: Tensor, wanted: bool
     if bias is None or not wanted:
         return None
     # Without queries or keys the kernels have nothing to write, but a broadcast bias still has elements.
-    allocate = torch.empty if query.shape[:3].numel() * key.shape[2] else torch.zeros
+    allocate = bias.new_empty if query.shape[:3].numel() * key.shape[2] else bias.new_zeros
     return allocate(bias.shape, dtype=_accumulation_dtype(query.dtype))
-
-
-def attention_weights(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    mask: KernelMask | None,
-    scale: float,
-    average_heads: bool,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-) -> Tensor:
-    """The attention probabilities after dropout: (B, L, S), or (B, Hq, L, S) when `average_heads` is False."""
-    shared = _shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
-    B, Hq, L, _ = query.shape
-    weights = query.new_empty((B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2]))
-    _run(_native.AttentionWeights(*shared, _weights_ref(weights), average_heads))
-    return weights
 
 
 def _weights_ref(weights: Tensor) -> _Ref | None:
@@ -338,184 +225,450 @@ def _weights_ref(weights: Tensor) -> _Ref | None:
     return _ref(weights if weights.dim() == 4 else weights.unsqueeze(1).expand(-1, 2, -1, -1))
 
 
-def attention_weights_backward(
-    grad_weights: Tensor,
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    mask: KernelMask | None,
-    scale: float,
-    average_heads: bool,
-    dropout_p: float,
-    dropout_seed: Tensor | None,
-    need_grad_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Gradients of query, key, bias (or None) and lse; lse is an input of its own here: p = exp(s - lse)."""
-    shared = _shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
-    B, Hq, L, _ = query.shape
-    shape = (B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2])
-    fits = grad_weights.shape == shape and grad_weights.dtype == query.dtype and grad_weights.is_cpu
-    _require(fits, "grad_weights", grad_weights, "a CPU tensor of {} {}", query.dtype, shape)
-    grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
-    grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
-    _run(
-        _native.AttentionWeightsBackward(
-            *(*shared, _weights_ref(grad_weights), average_heads, _ref(grad_query), _ref(grad_key), _ref(grad_lse)),
-            _broadcast_ref(grad_bias),
-        )
-    )
-    return grad_query, grad_key, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_lse
-
-
-# Mask tiles ---------------------------------------------------------------------------------------------------------
-
-
-def mask_tiles(
-    masks: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Packs the AND of bool masks (B|1, H|1, L|1, S|1): bits, live, full, live_t, full_t of `TileMap`."""
-    B, H = torch.broadcast_shapes(*(mask.shape[:2] for mask in masks))
-    if block_m < 1 or block_n < 1 or block_n % WORD:
-        raise ValueError(f"block_m must be positive and block_n a multiple of {WORD}, got {block_m} and {block_n}")
-    for mask in masks:
-        fits = _fits(mask, (B, H, len_q, len_k), torch.bool)
-        _require(fits, "mask", mask, "a CPU bool tensor broadcastable to {}", (B, H, len_q, len_k))
-    tiles_q, tiles_k = -(-len_q // block_m), -(-len_k // block_n)
-    words_q, words_k = -(-tiles_q // WORD), -(-tiles_k // WORD)
-    shapes = (
-        (len_q, -(-len_k // WORD)),
-        (tiles_q, words_k),
-        (tiles_q, words_k),
-        (tiles_k, words_q),
-        (tiles_k, words_q),
-    )
-    bits, live, full, live_t, full_t = (torch.empty((B, H, *shape), dtype=torch.int64) for shape in shapes)
-    _native.mask_tiles(
-        [_broadcast_ref(mask) for mask in masks],
-        (B, H, len_q, len_k),
-        block_m,
-        block_n,
-        tuple(map(_ref, (bits, live, full, live_t, full_t))),
-        torch.get_num_threads(),
-    )
-    return bits, live, full, live_t, full_t
-
-
-# Masked loss --------------------------------------------------------------------------------------------------------
-
-
-def _loss_launch(
-    input: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    kind: str,
-    reduction: str,
-    patch_size: int,
-    beta: float,
-    normalize_target: bool,
-    eps: float,
-    loss: Tensor | None,
-    grad_input: Tensor | None,
-    grad_loss: Tensor | None,
-) -> None:
-    """Fills MaskedLossParams: with patches input is (B, C, H, W), without it has at most 4 dimensions, led by ones."""
-    fits = input.dtype in _DTYPE_CODES and input.dim() <= 4 and input.is_cpu
-    _require(fits, "input", input, "a CPU float tensor of at most 4 dimensions")
-    fits = target.shape == input.shape and target.dtype == input.dtype and target.is_cpu
-    _require(fits, "target", target, "a CPU tensor of {} {}", input.dtype, tuple(input.shape))
-    if patch_size:
-        B, _, height, width = input.shape
-        grid = (B, height // patch_size, width // patch_size)
-        fits = _fits(mask, grid, torch.bool) and height % patch_size == 0 and width % patch_size == 0
-        _require(fits and mask.shape[1:] == grid[1:], "mask", mask, "a CPU bool patch grid {}", grid)
-        mask_ref: _Ref | None = (mask.data_ptr(), (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:]), 0)
-    else:
-        fits = _fits(mask, tuple(input.shape), torch.bool)
-        _require(fits, "mask", mask, "a CPU bool tensor broadcastable to {}", tuple(input.shape))
-        mask_ref = _broadcast_ref(_four_dims(mask))
-    refs = (None if x is None else _ref(_four_dims(x)) for x in (loss, grad_input, grad_loss))
-    _run(
-        _native.MaskedLoss(
-            *(_KINDS[kind], _REDUCTIONS[reduction], beta, tuple(_four_dims(input).shape), patch_size),
-            *(_ref(_four_dims(input)), _ref(_four_dims(target)), mask_ref, normalize_target, eps),
-            *(*refs, torch.get_num_threads()),
-        )
-    )
-
-
 def _four_dims(tensor: Tensor) -> Tensor:
     return tensor[(None,) * (4 - tensor.dim())]
 
 
-def masked_loss(
-    input: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    kind: str,
-    reduction: str,
-    patch_size: int,
-    beta: float,
-    normalize_target: bool,
-    eps: float,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The loss, and d loss / d input unless `reduction` is "none"."""
-    if reduction == "none":
-        loss = torch.empty_like(input)
-        _loss_launch(input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, loss, None, None)
-        return loss, None
-    loss = input.new_empty((), dtype=_accumulation_dtype(input.dtype))
-    grad_input = torch.empty_like(input) if need_grad else None
-    _loss_launch(input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, loss, grad_input, None)
-    return loss.to(input.dtype), grad_input
+# The operations -----------------------------------------------------------------------------------------------------
 
 
-def masked_loss_backward_none(
-    grad_loss: Tensor,
-    input: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    kind: str,
-    patch_size: int,
-    beta: float,
-    normalize_target: bool,
-    eps: float,
-) -> Tensor:
-    """d loss / d input for the upstream gradient of each element, for `reduction` "none"."""
-    fits = grad_loss.shape == input.shape and grad_loss.dtype == input.dtype and grad_loss.is_cpu
-    _require(fits, "grad_loss", grad_loss, "a CPU tensor of {} {}", input.dtype, tuple(input.shape))
-    grad_input = torch.empty_like(input)
-    _loss_launch(
-        input, target, mask, kind, "none", patch_size, beta, normalize_target, eps, None, grad_input, grad_loss
-    )
-    return grad_input
+class Library(ABC):
+    """The operations of one compiled library. Its subclasses say where the kernels compute."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self.file = str(module.__file__)
+
+    def info(self) -> dict[str, Any]:
+        """What was built, as `build_info` of csrc/bindings.cpp tells."""
+        return dict(self._module.build_info())
+
+    @staticmethod
+    @abstractmethod
+    def _is_here(tensor: Tensor) -> bool:
+        """Whether a tensor is where the kernels compute."""
+
+    @staticmethod
+    @abstractmethod
+    def _executor() -> int:
+        """What the kernels run on: the number of threads, or the stream."""
+
+    @abstractmethod
+    def _seed(self, seed: Tensor, device: torch.device) -> int:
+        """The dropout seed as the kernels take it."""
+
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        """The first tensor of an operation; every other one must be on the same device."""
+        _require(self._is_here(tensor), name, tensor, "where the kernels of {} compute", self.file)
+
+    def _shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        bias: Tensor | None,
+        mask: KernelMask | None,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        lse: Tensor,
+    ) -> tuple[Any, ...]:
+        """The arguments that every attention launch begins with (csrc/bindings.cpp, attention_params)."""
+        self._check_device("query", query)
+        sizes = _check_problem(query, key, value, bias)
+        B, Hq, _, L, S, _, _ = sizes
+        lse_dtype = _accumulation_dtype(query.dtype)
+        device = query.device
+        fits = lse.shape == (B, Hq, L) and lse.dtype == lse_dtype and lse.is_contiguous() and lse.device == device
+        _require(fits, "lse", lse, "contiguous {} {} on {}", lse_dtype, (B, Hq, L), device)
+        seed = 0
+        if dropout_p > 0:
+            if dropout_seed is None:
+                raise ValueError("dropout_seed must be given when dropout_p > 0")
+            seed = self._seed(dropout_seed, device)
+        arguments = (
+            *(sizes, scale, _ref(query), _ref(key), _ref(value), _broadcast_ref(bias)),
+            *(_mask_arguments(mask, B, Hq, L, S, device), dropout_p, seed, _ref(lse), self._executor()),
+        )
+        return arguments
+
+    # Attention ----------------------------------------------------------------------------------------------------
+
+    def attention_forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: KernelMask | None,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, Hq, L, Dv) over memory (B, L, Hq, Dv), and lse (B, Hq, L) of the undropped scores."""
+        B, Hq, L, _ = query.shape
+        out = query.new_empty((B, L, Hq, value.shape[3])).transpose(1, 2)
+        lse = query.new_empty((B, Hq, L), dtype=_accumulation_dtype(query.dtype))
+        shared = self._shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
+        _run(self._module.AttentionForward(*shared, _ref(out)), query)
+        return out, lse
+
+    def attention_backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        mask: KernelMask | None,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+        need_grad_bias: bool,
+    ) -> Tensor | None:
+        """Writes the gradients of query, key and value; returns that of bias, or None."""
+        shared = self._shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
+        device = query.device
+        grad_out, out = _unit_stride(grad_out), _unit_stride(out)
+        shape_out = (*query.shape[:3], value.shape[3])
+        for name, tensor, shape in (
+            ("out", out, shape_out),
+            ("grad_out", grad_out, shape_out),
+            ("grad_query", grad_query, query.shape),
+            ("grad_key", grad_key, key.shape),
+            ("grad_value", grad_value, value.shape),
+        ):
+            _check_like(name, tensor, shape, query.dtype, device)
+        if grad_lse is not None:
+            fits = grad_lse.shape == lse.shape and grad_lse.device == device
+            _require(fits, "grad_lse", grad_lse, "of lse's shape {} on {}", tuple(lse.shape), device)
+            grad_lse = grad_lse.to(lse.dtype)
+        grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
+        launch = self._module.AttentionBackward(
+            *shared,
+            *(_ref(out), _ref(grad_out), _ref(grad_lse), _ref(grad_query), _ref(grad_key), _ref(grad_value)),
+            _broadcast_ref(grad_bias),
+        )
+        _run(launch, query)
+        return None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+
+    def attention_weights(
+        self,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        mask: KernelMask | None,
+        scale: float,
+        average_heads: bool,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+    ) -> Tensor:
+        """The attention probabilities after dropout: (B, L, S), or (B, Hq, L, S) when `average_heads` is False."""
+        shared = self._shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
+        B, Hq, L, _ = query.shape
+        weights = query.new_empty((B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2]))
+        _run(self._module.AttentionWeights(*shared, _weights_ref(weights), average_heads), query)
+        return weights
+
+    def attention_weights_backward(
+        self,
+        grad_weights: Tensor,
+        query: Tensor,
+        key: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        mask: KernelMask | None,
+        scale: float,
+        average_heads: bool,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        need_grad_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Gradients of query, key, bias (or None) and lse; lse is an input of its own here: p = exp(s - lse)."""
+        shared = self._shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
+        B, Hq, L, _ = query.shape
+        shape = (B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2])
+        fits = grad_weights.shape == shape and grad_weights.dtype == query.dtype and grad_weights.device == query.device
+        _require(fits, "grad_weights", grad_weights, "{} {} on {}", query.dtype, shape, query.device)
+        grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
+        grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
+        launch = self._module.AttentionWeightsBackward(
+            *(*shared, _weights_ref(grad_weights), average_heads, _ref(grad_query), _ref(grad_key), _ref(grad_lse)),
+            _broadcast_ref(grad_bias),
+        )
+        _run(launch, query)
+        return grad_query, grad_key, None if grad_bias is None or bias is None else grad_bias.to(bias.dtype), grad_lse
+
+    # Mask tiles ---------------------------------------------------------------------------------------------------
+
+    def mask_tiles(
+        self, masks: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Packs the AND of bool masks (B|1, H|1, L|1, S|1): bits, live, full, live_t, full_t of `TileMap`."""
+        B, H = torch.broadcast_shapes(*(mask.shape[:2] for mask in masks))
+        if block_m < 1 or block_n < 1 or block_n % WORD:
+            raise ValueError(f"block_m must be positive and block_n a multiple of {WORD}, got {block_m} and {block_n}")
+        self._check_device("mask", masks[0])
+        device = masks[0].device
+        for mask in masks:
+            fits = _fits(mask, (B, H, len_q, len_k), torch.bool, device)
+            _require(fits, "mask", mask, "a bool tensor broadcastable to {} on {}", (B, H, len_q, len_k), device)
+        tiles_q, tiles_k = -(-len_q // block_m), -(-len_k // block_n)
+        words_q, words_k = -(-tiles_q // WORD), -(-tiles_k // WORD)
+        shapes = (
+            (len_q, -(-len_k // WORD)),
+            (tiles_q, words_k),
+            (tiles_q, words_k),
+            (tiles_k, words_q),
+            (tiles_k, words_q),
+        )
+        bits, live, full, live_t, full_t = (masks[0].new_empty((B, H, *shape), dtype=torch.int64) for shape in shapes)
+        self._module.mask_tiles(
+            [_broadcast_ref(mask) for mask in masks],
+            (B, H, len_q, len_k),
+            block_m,
+            block_n,
+            tuple(map(_ref, (bits, live, full, live_t, full_t))),
+            self._executor(),
+        )
+        return bits, live, full, live_t, full_t
+
+    # Masked loss --------------------------------------------------------------------------------------------------
+
+    def _loss_launch(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        kind: str,
+        reduction: str,
+        patch_size: int,
+        beta: float,
+        normalize_target: bool,
+        eps: float,
+        loss: Tensor | None,
+        grad_input: Tensor | None,
+        grad_loss: Tensor | None,
+    ) -> None:
+        """Fills MaskedLossParams: with patches input is (B, C, H, W), else it has at most 4 dimensions, led by ones."""
+        self._check_device("input", input)
+        device = input.device
+        fits = input.dtype in _DTYPE_CODES and input.dim() <= 4
+        _require(fits, "input", input, "a float tensor of at most 4 dimensions")
+        fits = target.shape == input.shape and target.dtype == input.dtype and target.device == device
+        _require(fits, "target", target, "{} {} on {}", input.dtype, tuple(input.shape), device)
+        if patch_size:
+            B, _, height, width = input.shape
+            grid = (B, height // patch_size, width // patch_size)
+            fits = _fits(mask, grid, torch.bool, device) and height % patch_size == 0 and width % patch_size == 0
+            _require(fits and mask.shape[1:] == grid[1:], "mask", mask, "a bool patch grid {} on {}", grid, device)
+            mask_ref: _Ref | None = (
+                mask.data_ptr(),
+                (mask.stride(0) if mask.shape[0] > 1 else 0, *mask.stride()[1:]),
+                0,
+            )
+        else:
+            fits = _fits(mask, tuple(input.shape), torch.bool, device)
+            _require(fits, "mask", mask, "a bool tensor broadcastable to {} on {}", tuple(input.shape), device)
+            mask_ref = _broadcast_ref(_four_dims(mask))
+        refs = (None if x is None else _ref(_four_dims(x)) for x in (loss, grad_input, grad_loss))
+        launch = self._module.MaskedLoss(
+            *(_KINDS[kind], _REDUCTIONS[reduction], beta, tuple(_four_dims(input).shape), patch_size),
+            *(_ref(_four_dims(input)), _ref(_four_dims(target)), mask_ref, normalize_target, eps),
+            *(*refs, self._executor()),
+        )
+        _run(launch, input)
+
+    def masked_loss(
+        self,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        kind: str,
+        reduction: str,
+        patch_size: int,
+        beta: float,
+        normalize_target: bool,
+        eps: float,
+        need_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and d loss / d input unless `reduction` is "none"."""
+        if reduction == "none":
+            loss = torch.empty_like(input)
+            self._loss_launch(
+                input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, loss, None, None
+            )
+            return loss, None
+        loss = input.new_empty((), dtype=_accumulation_dtype(input.dtype))
+        grad_input = torch.empty_like(input) if need_grad else None
+        self._loss_launch(
+            input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, loss, grad_input, None
+        )
+        return loss.to(input.dtype), grad_input
+
+    def masked_loss_backward_none(
+        self,
+        grad_loss: Tensor,
+        input: Tensor,
+        target: Tensor,
+        mask: Tensor,
+        kind: str,
+        patch_size: int,
+        beta: float,
+        normalize_target: bool,
+        eps: float,
+    ) -> Tensor:
+        """d loss / d input for the upstream gradient of each element, for `reduction` "none"."""
+        fits = grad_loss.shape == input.shape and grad_loss.dtype == input.dtype and grad_loss.device == input.device
+        _require(fits, "grad_loss", grad_loss, "{} {} on {}", input.dtype, tuple(input.shape), input.device)
+        grad_input = torch.empty_like(input)
+        self._loss_launch(
+            input, target, mask, kind, "none", patch_size, beta, normalize_target, eps, None, grad_input, grad_loss
+        )
+        return grad_input
 
 
-# The rules of csrc/core, for the tests that compare every implementation of them ------------------------------------
+class CpuLibrary(Library):
+    """The CPU kernels: torch's number of threads, the seed by value."""
+
+    _executor = staticmethod(torch.get_num_threads)
+
+    @staticmethod
+    def _is_here(tensor: Tensor) -> bool:
+        return tensor.is_cpu
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module)
+        module.level()  # one that cannot be had is a ValueError that names FASTATTN_CPU_LEVEL, not a quiet fall back
+
+    def info(self) -> dict[str, Any]:
+        """The "level" in use, the "levels" this CPU can run, "compiler", "openmp" (version or None) and "threads"."""
+        return {**super().info(), "threads": torch.get_num_threads()}
+
+    def _seed(self, seed: Tensor, device: torch.device) -> int:
+        return int(seed.item()) % 2**64
+
+    # The rules of csrc/core, for the tests that compare every implementation of them
+
+    def mask_elements(self, mask: KernelMask, B: int, H: int, L: int, S: int) -> Tensor:
+        """Who may attend, bool (B, H, L, S), by `may_attend` of csrc/core/mask.h."""
+        out = torch.empty(B, H, L, S, dtype=torch.bool)
+        self._module.mask_elements(_mask_arguments(mask, B, H, L, S, torch.device("cpu")), B, H, L, S, _ref(out))
+        return out
+
+    def mask_tile_classes(self, mask: KernelMask, B: int, H: int, L: int, S: int, block_m: int, block_n: int) -> Tensor:
+        """Classes of the tiles, uint8 (B, H, nQ, nK), by `tile_class` of csrc/core: 0 empty, 1 partial, 2 full."""
+        out = torch.empty(B, H, -(-L // block_m), -(-S // block_n), dtype=torch.uint8)
+        self._module.mask_tile_classes(
+            _mask_arguments(mask, B, H, L, S, torch.device("cpu")), B, H, L, S, block_m, block_n, _ref(out)
+        )
+        return out
+
+    def philox(self, seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
+        """The four words of one Philox4x32-10 block, by csrc/core/philox.h."""
+        return self._module.philox(seed, c0, c1, c2, c3)
+
+    def philox_keep(self, seed: Tensor, p: float, B: int, H: int, L: int, S: int) -> Tensor:
+        """Which elements dropout keeps, bool (B, H, L, S), by `dropout_keeps` of csrc/core/philox.h."""
+        out = torch.empty(B, H, L, S, dtype=torch.bool)
+        self._module.dropout_elements(p, int(seed.item()) % 2**64, B, H, L, S, _ref(out))
+        return out
 
 
-def mask_elements(mask: KernelMask, B: int, H: int, L: int, S: int) -> Tensor:
-    """Who may attend, bool (B, H, L, S), by `may_attend` of csrc/core/mask.h."""
-    out = torch.empty(B, H, L, S, dtype=torch.bool)
-    _native.mask_elements(_mask_arguments(mask, B, H, L, S), B, H, L, S, _ref(out))
-    return out
+class CudaLibrary(Library):
+    """The CUDA kernels: torch's current stream, the seed by its address, so that no call waits for the GPU."""
+
+    @staticmethod
+    def _is_here(tensor: Tensor) -> bool:
+        return tensor.is_cuda
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module)
+        for name in OPERATIONS:
+            setattr(self, name, _on_its_device(getattr(self, name)))
+
+    @staticmethod
+    def _executor() -> int:
+        return torch.cuda.current_stream().cuda_stream
+
+    def _check_device(self, name: str, tensor: Tensor) -> None:
+        super()._check_device(name, tensor)
+        if tensor.dtype == torch.float64:
+            raise TypeError(f"{name} must be float32, bfloat16 or float16 for the CUDA kernels, got {tensor.dtype}")
+
+    def _seed(self, seed: Tensor, device: torch.device) -> int:
+        fits = seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device
+        _require(fits, "dropout_seed", seed, "one int64 on {}", device)
+        return seed.data_ptr()
 
 
-def mask_tile_classes(mask: KernelMask, B: int, H: int, L: int, S: int, block_m: int, block_n: int) -> Tensor:
-    """Classes of the tiles, uint8 (B, H, nQ, nK), by `tile_class` of csrc/core/mask.h: 0 empty, 1 partial, 2 full."""
-    out = torch.empty(B, H, -(-L // block_m), -(-S // block_n), dtype=torch.uint8)
-    _native.mask_tile_classes(_mask_arguments(mask, B, H, L, S), B, H, L, S, block_m, block_n, _ref(out))
-    return out
+class EmulatedCudaLibrary(CudaLibrary):
+    """The CUDA kernels executed on the CPU: they take CPU tensors, and there is no stream."""
+
+    @staticmethod
+    def _is_here(tensor: Tensor) -> bool:
+        return tensor.is_cpu
+
+    def __init__(self, module: ModuleType) -> None:
+        Library.__init__(self, module)
+
+    @staticmethod
+    def _executor() -> int:
+        return 0
 
 
-def philox(seed: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]:
-    """The four words of one Philox4x32-10 block, by csrc/core/philox.h."""
-    return _native.philox(seed, c0, c1, c2, c3)
+OPERATIONS = (
+    "attention_forward",
+    "attention_backward",
+    "attention_weights",
+    "attention_weights_backward",
+    "mask_tiles",
+    "masked_loss",
+    "masked_loss_backward_none",
+)
 
 
-def philox_keep(seed: Tensor, p: float, B: int, H: int, L: int, S: int) -> Tensor:
-    """Which elements dropout keeps, bool (B, H, L, S), by `dropout_keeps` of csrc/core/philox.h."""
-    out = torch.empty(B, H, L, S, dtype=torch.bool)
-    _native.dropout_elements(p, int(seed.item()) % 2**64, B, H, L, S, _ref(out))
-    return out
+def _on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels are launched on the current device: makes it that of the first tensor."""
+
+    @wraps(operation)
+    def run(first: Tensor | list[Tensor], *rest: Any, **named: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return operation(first, *rest, **named)
+
+    return run
+
+
+# The libraries ------------------------------------------------------------------------------------------------------
+
+
+def _import_cuda() -> ModuleType:
+    path = os.environ.get("FASTATTN_CUDA_LIBRARY")
+    if not path:
+        return importlib.import_module("fastattn._cuda")
+    spec = importlib.util.spec_from_file_location("fastattn._cuda", path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
+        raise ImportError(f"FASTATTN_CUDA_LIBRARY must be the path of a compiled module, got {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def library(backend: str) -> Library:
+    """The library of the backend "cpu" or "cuda"; ImportError with the reason when it cannot be loaded."""
+    try:
+        if backend == "cpu":
+            return CpuLibrary(importlib.import_module("fastattn._native"))
+        module = _import_cuda()
+        return EmulatedCudaLibrary(module) if module.EMULATED else CudaLibrary(module)
+    except ImportError as error:
+        what = "compiled library" if backend == "cpu" else "CUDA library"
+        raise ImportError(f"fastattn was installed without its {what} ({error})") from error
