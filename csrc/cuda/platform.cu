@@ -1,5 +1,5 @@
 // The calls of the CUDA runtime behind platform.h. Nothing here links to the driver library.
-#include "platform.h"
+#include "hopper.h"
 
 #if !defined(FASTATTN_EMULATE)
 
@@ -48,6 +48,53 @@ DeviceInfo device_info() {
     info = fresh;
   }
   return info;
+}
+
+namespace {
+
+// cuTensorMapEncodeTiled of the driver that is running.
+decltype(&cuTensorMapEncodeTiled) encode_function() {
+  static const auto function = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPointByVersion");
+#else
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), "cudaGetDriverEntryPoint");
+#endif
+    if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
+      throw LaunchError("the CUDA driver has no cuTensorMapEncodeTiled; it is older than CUDA 12");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry);
+  }();
+  return function;
+}
+
+}  // namespace
+
+TensorMap make_tensor_map(const TensorRef& tensor, const int64_t (&dims)[4], int box_rows, int box_columns) {
+  if (!tensor_map_able(tensor, dims)) throw LaunchError("make_tensor_map: TMA cannot read this tensor in place");
+  constexpr int64_t kElementBytes = 2;
+  cuuint64_t size[4], stride_bytes[3];  // from the columns outwards; the stride of the columns is implied
+  for (int n = 0; n < 4; ++n) size[n] = static_cast<cuuint64_t>(dims[3 - n]);
+  for (int n = 1; n < 4; ++n) {
+    // The stride of a dimension of size 1 is never used, but has to be acceptable.
+    stride_bytes[n - 1] = dims[3 - n] == 1 ? 16 : static_cast<cuuint64_t>(tensor.stride[3 - n] * kElementBytes);
+  }
+  const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t element_stride[4] = {1, 1, 1, 1};
+  TensorMap map;
+  const CUresult result = encode_function()(
+      &map, tensor.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, tensor.ptr,
+      size, stride_bytes, box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw LaunchError("cuTensorMapEncodeTiled failed with error " + std::to_string(static_cast<int>(result)) + " for a tensor of " +
+                      std::to_string(dims[0]) + " x " + std::to_string(dims[1]) + " x " + std::to_string(dims[2]) + " x " +
+                      std::to_string(dims[3]) + ", box " + std::to_string(box_rows) + " x " + std::to_string(box_columns));
+  }
+  return map;
 }
 
 void zero_async(void* ptr, size_t bytes, void* stream) {

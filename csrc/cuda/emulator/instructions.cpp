@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "../hopper.h"
 #include "block.h"
 
 namespace fastattn::cuda::emulator {
@@ -289,7 +290,7 @@ void for_each_element(const BulkTransfer& transfer, Visit visit) {
   }
 }
 
-void issue_load(BulkTransfer transfer, const char* what) {
+void issue_load(BulkTransfer& transfer, const char* what) {
   read_mbarrier(transfer.barrier, what);
   if (race_observer) transfer.ticket = race_observer->async_write(*thread, transfer.shared, transfer.bytes, what);
   std::memset(transfer.shared, kPoison, transfer.bytes);
@@ -380,6 +381,31 @@ void store_wait(int pending_groups) {
   }
   thread->stores.erase(thread->stores.begin(), thread->stores.begin() + static_cast<std::ptrdiff_t>(done));
 }
+
+}  // namespace fastattn::cuda::emulator
+
+namespace fastattn::cuda {
+
+TensorMap make_tensor_map(const TensorRef& tensor, const int64_t (&dims)[4], int box_rows, int box_columns) {
+  if (!tensor_map_able(tensor, dims)) throw LaunchError("make_tensor_map: TMA cannot read this tensor in place");
+  if (box_rows < 1 || box_rows > kTensorMapRows || box_columns != kTensorMapColumns) {
+    throw LaunchError("make_tensor_map: a box of " + std::to_string(box_rows) + " x " + std::to_string(box_columns));
+  }
+  TensorMap map = {};
+  map.base = static_cast<unsigned char*>(tensor.ptr);
+  map.element_bytes = 2;
+  map.box_rows = box_rows;
+  map.box_columns = box_columns;
+  for (int n = 0; n < 4; ++n) {
+    map.size[n] = dims[3 - n];
+    map.stride_bytes[n] = tensor.stride[3 - n] * map.element_bytes;
+  }
+  return map;
+}
+
+}  // namespace fastattn::cuda
+
+namespace fastattn::cuda::emulator {
 
 // ---- wgmma ----
 
