@@ -63,11 +63,6 @@ struct Thread {
   bool done = false;
   const char* waits_in = "nothing";  // the operation it is blocked in, for messages
 
-  // The warp collective it waits in; `collective` is null outside.
-  const Collective* collective = nullptr;
-  uint32_t collective_mask = 0;
-  void* operands = nullptr;
-
   // Asynchronous operations it issued and has to wait for; a group number counts the commits before it.
   std::vector<PendingCopy> copies;
   int64_t copy_group = 0;
@@ -89,10 +84,19 @@ struct Barrier {
   std::vector<Thread*> members;  // everybody who arrived, for the race check
 };
 
+// A warp collective that some of its lanes have arrived at.
+struct OpenCollective {
+  const Collective* collective;
+  uint32_t mask, arrived;
+};
+
 struct Warp {
   uint32_t runnable = 0;  // lanes that the scheduler may resume
   uint32_t alive = 0;     // lanes that have not returned
   uint32_t polling = 0;   // lanes that look again after the next notify()
+  int open_count = 0;     // more than one only when parts of the warp work apart
+  OpenCollective open[kWarpSize];
+  void* operands[kWarpSize];  // what each lane passed to the collective it is in
 };
 
 class Block {

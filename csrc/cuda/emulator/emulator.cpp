@@ -262,7 +262,6 @@ class Runner {
     for (Thread& t : block_.threads) {
       t.position.block = at;
       t.done = false;
-      t.collective = nullptr;
       t.waits_in = "nothing";
       start_thread(t);
       start_fiber(t);
@@ -558,38 +557,35 @@ void named_barrier_arrive(int id, int threads) { arrive(id, threads, false, "bar
 // ---- warp collectives ----
 
 void warp_collective(const Collective& collective, uint32_t mask, void* operands) {
-  Thread& me = *thread;
-  Thread* const lanes = &block->threads[static_cast<size_t>(me.warp * kWarpSize)];
-  if (!(mask >> me.lane & 1)) fail("%s: the lane is not in its own mask %08x", collective.name, mask);
-  const uint32_t alive = block->warps[static_cast<size_t>(me.warp)].alive;
-  if ((mask & alive) != mask) {
-    fail("%s: mask %08x names lanes that have returned or do not exist (alive: %08x)", collective.name, mask, alive);
+  Warp& warp = block->warps[static_cast<size_t>(thread->warp)];
+  const uint32_t me = 1u << thread->lane;
+  if (!(mask & me)) fail("%s: the lane is not in its own mask %08x", collective.name, mask);
+  if ((mask & warp.alive) != mask) {
+    fail("%s: mask %08x names lanes that have returned or do not exist (there are %08x)", collective.name, mask, warp.alive);
   }
-  uint32_t arrived = 1u << me.lane;
-  for (uint32_t rest = alive & ~arrived; rest != 0; rest &= rest - 1) {
-    const int lane = __builtin_ctz(rest);
-    const Thread& other = lanes[lane];
-    if (other.collective == nullptr) continue;
-    const bool mine = mask >> lane & 1, its = other.collective_mask >> me.lane & 1;
-    if (!mine && !its) continue;  // two parts of the warp that have nothing to do with each other
-    if (other.collective != &collective || other.collective_mask != mask) {
-      fail("diverged warp: lane %d is in %s with mask %08x, lane %d in %s with mask %08x", me.lane, collective.name, mask, lane,
-           other.collective->name, other.collective_mask);
+  OpenCollective* open = nullptr;
+  for (int n = 0; n < warp.open_count; ++n) {
+    OpenCollective& other = warp.open[n];
+    if (!(other.mask & mask)) continue;  // two parts of the warp that have nothing to do with each other
+    if (other.collective != &collective || other.mask != mask) {
+      fail("diverged warp: this lane is in %s with mask %08x, lane %d in %s with mask %08x", collective.name, mask,
+           __builtin_ctz(other.arrived), other.collective->name, other.mask);
     }
-    arrived |= 1u << lane;
+    open = &other;
   }
-  me.operands = operands;
-  if (arrived != mask) {
-    me.collective = &collective;
-    me.collective_mask = mask;
+  if (open == nullptr) {
+    open = &warp.open[warp.open_count++];
+    *open = {&collective, mask, 0};
+  }
+  open->arrived |= me;
+  warp.operands[thread->lane] = operands;
+  if (open->arrived != mask) {
     block->suspend(collective.name);
     return;
   }
-  void* all[kWarpSize];
-  for (int lane = 0; lane < kWarpSize; ++lane) all[lane] = mask >> lane & 1 ? lanes[lane].operands : nullptr;
-  collective.run(mask, all);
-  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) lanes[__builtin_ctz(rest)].collective = nullptr;
-  block->warps[static_cast<size_t>(me.warp)].runnable |= mask & ~(1u << me.lane);
+  *open = warp.open[--warp.open_count];
+  collective.run(mask, warp.operands);
+  warp.runnable |= mask & ~me;
 }
 
 namespace {
@@ -601,7 +597,7 @@ struct ShuffleOperands {
 
 void run_shuffle(uint32_t mask, void* const (&operands)[32]) {
   for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (operands[lane] == nullptr) continue;
+    if (!(mask >> lane & 1)) continue;
     ShuffleOperands& mine = *static_cast<ShuffleOperands*>(operands[lane]);
     // A source outside the mask gives an undefined value: here NaN.
     mine.result = mask >> mine.source & 1 ? static_cast<ShuffleOperands*>(operands[mine.source])->value : ~uint64_t{0};

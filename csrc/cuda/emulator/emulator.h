@@ -102,7 +102,7 @@ unsigned char* shared_memory();
 // ---- meeting points ----
 
 // A warp collective: `run` computes it for all lanes of the mask at once, when the last of them has arrived. `operands`
-// holds what each lane passed, null outside the mask.
+// holds what each lane of the mask passed.
 struct Collective {
   const char* name;
   void (*run)(uint32_t mask, void* const (&operands)[32]);
