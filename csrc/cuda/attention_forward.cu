@@ -304,7 +304,7 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   T* const k_tile = q_tile + S::kRows * D;         // [64][D]
   T* const v_tile = k_tile + kKeys * D;            // [64][D]
 
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int thread = threadIdx.x, warp = thread / 32;
   const BlockPosition at = block_position<S::kRows>(p, plan);
   const int warp_row = S::kSplit ? 0 : warp * S::kWarpRows;  // of the block's rows
   const int warp_key = S::kSplit ? warp * S::kWarpKeys : 0;  // of the tile's keys
@@ -329,6 +329,7 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   Accumulator<M, D> acc;
   acc.clear();
   while (more) {
+    const int lane = ptx::opaque(thread % 32);  // the addresses of the fragments are cheap, and too many to keep
     const int j0 = tile * kKeys;
     const bool partial = !full;
     uint64_t word = ~uint64_t{0}, any = ~uint64_t{0};  // of this lane's row, and of all rows of the warp
@@ -344,13 +345,21 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
     load_tile<T, D, kKeys, S::kThreads>(v_tile, value, j0, thread);
     ptx::cp_async_commit();
 
-    float s[M][N][4];
+    uint32_t probabilities[N / 2][M][4];
     if (active) {
+      float s[M][N][4];
 #pragma unroll
       for (int m = 0; m < M; ++m) clear(s[m]);
       multiply_transposed<T, D>(s, q_tile, warp_row, k_tile, warp_key, lane);
       if constexpr (S::kGeneral) scale_and_bias(s, p, plan, at.b, at.h, row0, j0 + warp_key, lane);
       if (partial) select_scores(s, word, lane);
+      softmax(s, acc, plan.to_log2);
+      if constexpr (S::kGeneral)
+        if (plan.has_dropout) drop(s, seed, plan.threshold, at.b, at.h, row0, j0 + warp_key, lane);
+#pragma unroll
+      for (int n = 0; n < N; n += 2)
+#pragma unroll
+        for (int m = 0; m < M; ++m) pack_a<T>(probabilities[n / 2][m], s[m][n], s[m][n + 1]);
     }
 
     ptx::cp_async_wait<0>();
@@ -362,17 +371,15 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
     }
 
     if (active) {
-      softmax(s, acc, plan.to_log2);
-      if constexpr (S::kGeneral)
-        if (plan.has_dropout) drop(s, seed, plan.threshold, at.b, at.h, row0, j0 + warp_key, lane);
       // Keys that do not exist are zeros already.
       if (partial && any != bits_before(p.len_k, j0) >> warp_key)
-        multiply_registers<T, D, true>(acc.out, s, v_tile, warp_key, lane, any);
+        multiply_packed<T, D, true>(acc.out, probabilities, v_tile, warp_key, lane, any);
       else
-        multiply_registers<T, D>(acc.out, s, v_tile, warp_key, lane);
+        multiply_packed<T, D>(acc.out, probabilities, v_tile, warp_key, lane);
     }
   }
 
+  const int lane = thread % 32;
   const Plane<T> out = plane_of<T>(p.out, at.b, at.h, p.len_q, p.dim_v);
   float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
   if constexpr (S::kSplit) {

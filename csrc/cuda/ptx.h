@@ -29,6 +29,15 @@ FASTATTN_DEVICE float ex2(float x) {
 #endif
 }
 
+// x, of which the compiler knows nothing: what is computed from it inside a loop is not moved out of the loop, where it would
+// wait in registers.
+FASTATTN_DEVICE int opaque(int x) {
+#if !defined(FASTATTN_EMULATE)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- asynchronous copies ----
 
 // Copies 16 bytes from global to shared memory, both aligned to 16: the first `bytes` are read, the rest is zero-filled.

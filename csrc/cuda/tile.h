@@ -81,38 +81,42 @@ struct Sharing {
 }  // namespace tile_detail
 
 // tile [ROWS][COLUMNS] = rows row0 .. row0 + ROWS - 1 of x, by THREADS threads; `thread` counts them from 0. What lies beyond
-// the rows or the columns of x is zero. Vectors arrive with cp.async: the caller commits, waits and then meets at a barrier.
+// the rows or the columns of x is zero; row0 < x.rows. Vectors arrive with cp.async: the caller commits, waits and then meets
+// at a barrier.
 template <typename T, int COLUMNS, int ROWS, int THREADS>
 FASTATTN_DEVICE void load_tile(T* tile, const Plane<T>& x, int row0, int thread) {
   using Sharing = tile_detail::Sharing<T, COLUMNS, THREADS>;
-  const int lane = thread % Sharing::kLanes, first = thread / Sharing::kLanes;
-  const T* const source = x.ptr + (row0 + first) * x.row_stride;
+  constexpr int kLanes = Sharing::kLanes, kStep = Sharing::kRows;
+  const int lane = thread % kLanes, first = thread / kLanes;
+  const int rows = x.rows - row0;  // that exist
   if (x.vectors) {
+    const int64_t step = kStep * x.row_stride;
 #pragma unroll
-    for (int c = 0; c < Sharing::kChunks; c += Sharing::kLanes) {
-      const int chunk = c + lane;
-      const int left = x.columns - chunk * kChunk<T>;
-      const int bytes = (left < 0 ? 0 : left < kChunk<T> ? left : kChunk<T>) * static_cast<int>(sizeof(T));
-      const T* from = source + chunk * kChunk<T>;
+    for (int c = 0; c < Sharing::kChunks; c += kLanes) {
+      const int column0 = (c + lane) * kChunk<T>, left = x.columns - column0;
+      const int bytes = (left <= 0 ? 0 : left < kChunk<T> ? left : kChunk<T>) * static_cast<int>(sizeof(T));
+      const T* const column = x.ptr + (bytes ? column0 : 0);
+      T* const to = tile + swizzle<T, COLUMNS>(first, c + lane);
+      if (ROWS % kStep == 0 && kStep % 8 == 0 && rows >= ROWS) {
+        const T* from = column + (row0 + first) * x.row_stride;
 #pragma unroll
-      for (int r = 0; r < ROWS; r += Sharing::kRows, from += Sharing::kRows * x.row_stride) {
-        if (ROWS % Sharing::kRows != 0 && first + r >= ROWS) break;
-        const int count = row0 + first + r < x.rows ? bytes : 0;
-        ptx::cp_async16(tile + swizzle<T, COLUMNS>(first + r, chunk), count ? from : x.ptr, count);
+        for (int r = 0; r < ROWS; r += kStep, from += step) ptx::cp_async16(to + r * COLUMNS, from, bytes);
+      } else {
+#pragma unroll 2
+        for (int r = first; r < ROWS; r += kStep)
+          ptx::cp_async16(tile + swizzle<T, COLUMNS>(r, c + lane), column + (row0 + (r < rows ? r : 0)) * x.row_stride,
+                          r < rows ? bytes : 0);
       }
     }
     return;
   }
-  for (int c = 0; c < Sharing::kChunks; c += Sharing::kLanes) {
-    const int chunk = c + lane, column0 = chunk * kChunk<T>;
-    const T* from = source + column0;
-    for (int r = first; r < ROWS; r += Sharing::kRows, from += Sharing::kRows * x.row_stride) {
-      alignas(16) T values[kChunk<T>];
-#pragma unroll
-      for (int n = 0; n < kChunk<T>; ++n)
-        values[n] = row0 + r < x.rows && column0 + n < x.columns ? from[n] : from_float<T>(0.0f);
-      *reinterpret_cast<uint4*>(tile + swizzle<T, COLUMNS>(r, chunk)) = *reinterpret_cast<const uint4*>(values);
-    }
+#pragma unroll 1
+  for (int at = thread; at < ROWS * Sharing::kChunks; at += THREADS) {
+    const int r = at / Sharing::kChunks, chunk = at % Sharing::kChunks, left = r < rows ? x.columns - chunk * kChunk<T> : 0;
+    const T* const from = x.ptr + (row0 + r) * x.row_stride + chunk * kChunk<T>;
+    T* const to = tile + swizzle<T, COLUMNS>(r, chunk);
+#pragma unroll 1
+    for (int n = 0; n < kChunk<T>; ++n) to[n] = n < left ? from[n] : from_float<T>(0.0f);
   }
 }
 
@@ -138,32 +142,45 @@ FASTATTN_DEVICE void store_tile(const Plane<T>& x, const T* tile, int row0, int 
   }
 }
 
-// ---- fragments; whole warps call these ----
+// ---- fragments; whole warps call these, with row0 a multiple of 8 and chunk0 even ----
+
+namespace tile_detail {
+
+// Offset of (row0 + row, chunk0 + chunk), where row and chunk (0 or 1) are the lane's and chunk0 is a constant: the lane's
+// part is computed once, and each chunk0 costs one XOR.
+template <typename T, int COLUMNS>
+FASTATTN_DEVICE int lane_offset(int row0, int row, int chunk0, int chunk) {
+  constexpr int kPermuted = COLUMNS / kChunk<T> % 8 == 0 ? 7 : 3;
+  const int own = swizzle<T, COLUMNS>(row, chunk);
+  return row0 * COLUMNS + (own ^ ((chunk0 & kPermuted) * kChunk<T>)) + (chunk0 & ~kPermuted) * kChunk<T>;
+}
+
+}  // namespace tile_detail
 
 // A = tile[row0 .. +16][chunk0 * 8 .. +16].
 template <typename T, int COLUMNS>
 FASTATTN_DEVICE void load_a(uint32_t (&a)[4], const T* tile, int row0, int chunk0, int lane) {
-  ptx::ldmatrix_x4(a, tile + swizzle<T, COLUMNS>(row0 + lane % 16, chunk0 + lane / 16));
+  ptx::ldmatrix_x4(a, tile + tile_detail::lane_offset<T, COLUMNS>(row0, lane % 16, chunk0, lane / 16));
 }
 
 // A = transpose of tile[row0 .. +16][chunk0 * 8 .. +16].
 template <typename T, int COLUMNS>
 FASTATTN_DEVICE void load_a_transposed(uint32_t (&a)[4], const T* tile, int row0, int chunk0, int lane) {
-  ptx::ldmatrix_x4_trans(a, tile + swizzle<T, COLUMNS>(row0 + lane / 16 * 8 + lane % 8, chunk0 + lane / 8 % 2));
+  ptx::ldmatrix_x4_trans(a, tile + tile_detail::lane_offset<T, COLUMNS>(row0, lane / 16 * 8 + lane % 8, chunk0, lane / 8 % 2));
 }
 
 // Two B fragments, {b[0], b[1]} and {b[2], b[3]}, of X Y^T with Y = tile: n = rows row0 .. +8 and row0 + 8 .. +8,
 // k = columns chunk0 * 8 .. +16.
 template <typename T, int COLUMNS>
 FASTATTN_DEVICE void load_b_transposed(uint32_t (&b)[4], const T* tile, int row0, int chunk0, int lane) {
-  ptx::ldmatrix_x4(b, tile + swizzle<T, COLUMNS>(row0 + lane / 16 * 8 + lane % 8, chunk0 + lane / 8 % 2));
+  ptx::ldmatrix_x4(b, tile + tile_detail::lane_offset<T, COLUMNS>(row0, lane / 16 * 8 + lane % 8, chunk0, lane / 8 % 2));
 }
 
 // Two B fragments, {b[0], b[1]} and {b[2], b[3]}, of X Y with Y = tile: k = rows row0 .. +16, n = columns chunk0 * 8 .. +8
 // and chunk0 * 8 + 8 .. +8.
 template <typename T, int COLUMNS>
 FASTATTN_DEVICE void load_b(uint32_t (&b)[4], const T* tile, int row0, int chunk0, int lane) {
-  ptx::ldmatrix_x4_trans(b, tile + swizzle<T, COLUMNS>(row0 + lane % 16, chunk0 + lane / 16));
+  ptx::ldmatrix_x4_trans(b, tile + tile_detail::lane_offset<T, COLUMNS>(row0, lane % 16, chunk0, lane / 16));
 }
 
 // Two C fragments, side by side, as the A fragment of the next product, rounded to T.
@@ -223,34 +240,53 @@ FASTATTN_DEVICE void multiply_transposed(float (&c)[M][N][4], const uint32_t (&a
   }
 }
 
+// c [M x 16, COLUMNS] += a y, k = 16 rows of a tile from row_y. ZERO: rows of y whose bit in `rows` is 0 count as zeros,
+// whatever they hold; bit 0 is row_y.
+template <typename T, int COLUMNS, bool ZERO, int M>
+FASTATTN_DEVICE void multiply_step(float (&c)[M][COLUMNS / 8][4], const uint32_t (&a)[M][4], const T* y, int row_y, int lane,
+                                   uint32_t rows) {
+  uint32_t keep0 = ~0u, keep1 = ~0u;
+  if constexpr (ZERO) {
+    const uint32_t bits = rows >> (lane % 4 * 2);
+    keep0 = (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
+    keep1 = (bits & 0x100 ? 0xffffu : 0u) | (bits & 0x200 ? 0xffff0000u : 0u);
+  }
+#pragma unroll
+  for (int n = 0; n < COLUMNS / 8; n += 2) {
+    uint32_t b[4];
+    load_b<T, COLUMNS>(b, y, row_y, n, lane);
+    if constexpr (ZERO) b[0] &= keep0, b[1] &= keep1, b[2] &= keep0, b[3] &= keep1;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      ptx::mma_m16n8k16<T>(c[m][n], a[m], b[0], b[1]);
+      ptx::mma_m16n8k16<T>(c[m][n + 1], a[m], b[2], b[3]);
+    }
+  }
+}
+
 // c [M x 16, COLUMNS] += P y, P [M x 16, N x 8] in registers and rounded to T, y = N x 8 rows of a tile from row_y: O, dQ.
-// ZERO: rows of y whose bit in `rows` is 0 count as zeros, whatever they hold (bit 0 is row_y; N <= 8).
+// ZERO: as above; N <= 8.
 template <typename T, int COLUMNS, bool ZERO = false, int M, int N>
 FASTATTN_DEVICE void multiply_registers(float (&c)[M][COLUMNS / 8][4], const float (&p)[M][N][4], const T* y, int row_y,
                                         int lane, uint64_t rows = 0) {
   static_assert(N % 2 == 0 && (!ZERO || N <= 8), "whole fragments");
 #pragma unroll
   for (int k = 0; k < N / 2; ++k) {
-    uint32_t a[M][4], keep0 = ~0u, keep1 = ~0u;
+    uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) pack_a<T>(a[m], p[m][2 * k], p[m][2 * k + 1]);
-    if constexpr (ZERO) {
-      const uint32_t bits = static_cast<uint32_t>(rows >> (k * 16)) >> (lane % 4 * 2);
-      keep0 = (bits & 1 ? 0xffffu : 0u) | (bits & 2 ? 0xffff0000u : 0u);
-      keep1 = (bits & 0x100 ? 0xffffu : 0u) | (bits & 0x200 ? 0xffff0000u : 0u);
-    }
-#pragma unroll
-    for (int n = 0; n < COLUMNS / 8; n += 2) {
-      uint32_t b[4];
-      load_b<T, COLUMNS>(b, y, row_y + k * 16, n, lane);
-      if constexpr (ZERO) b[0] &= keep0, b[1] &= keep1, b[2] &= keep0, b[3] &= keep1;
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-        ptx::mma_m16n8k16<T>(c[m][n], a[m], b[0], b[1]);
-        ptx::mma_m16n8k16<T>(c[m][n + 1], a[m], b[2], b[3]);
-      }
-    }
+    multiply_step<T, COLUMNS, ZERO>(c, a, y, row_y + k * 16, lane, static_cast<uint32_t>(rows >> (k * 16)));
   }
+}
+
+// The same with P rounded before: half the registers while it waits.
+template <typename T, int COLUMNS, bool ZERO = false, int M, int K>
+FASTATTN_DEVICE void multiply_packed(float (&c)[M][COLUMNS / 8][4], const uint32_t (&p)[K][M][4], const T* y, int row_y, int lane,
+                                     uint64_t rows = 0) {
+  static_assert(!ZERO || K <= 4, "64 rows");
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+    multiply_step<T, COLUMNS, ZERO>(c, p[k], y, row_y + k * 16, lane, static_cast<uint32_t>(rows >> (k * 16)));
 }
 
 // Fragments to rows row0 .. of a tile, rounded to T, row g times factor[0] and row g + 8 times factor[1]; each warp writes rows
