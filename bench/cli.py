@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
+from fastattn.bench import compare as comparison
 from fastattn.bench import records as recording
 from fastattn.bench import report, runner, simmim, suites, tables
 from fastattn.bench.contenders import OURS, Contender, user_contender
@@ -123,7 +125,22 @@ def _check_writable(option: str, path: Path | None, directory: bool) -> None:
 @click.option("--seed", type=int, help="SimMIM: seed of parameters, crops and masks.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write JSON lines here.")
 @click.option("--report", "report_dir", type=click.Path(path_type=Path), help="Write report.html into this directory.")
+@click.option(
+    "--compare",
+    "compared",
+    nargs=2,
+    metavar="OLD NEW",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing: tell where NEW, written by --json, is slower than OLD. Exit code 1 if it is anywhere.",
+)
+@click.option(
+    "--tolerated",
+    type=click.FloatRange(0, 1, min_open=True),
+    help=f"--compare: the share of OLD's speed that is still well. [default: {comparison.TOLERATED}]",
+)
+@click.pass_context
 def bench(
+    context: click.Context,
     suite: str,
     quick: bool,
     shapes: str | None,
@@ -138,11 +155,18 @@ def bench(
     seed: int | None,
     json_path: Path | None,
     report_dir: Path | None,
+    compared: tuple[Path, Path] | None,
+    tolerated: float | None,
 ) -> None:
     """Measure throughput, time and memory beside every peer that is there.
 
     Every contender is checked against float64 first; one that is wrong gets no speed.
     """
+    if compared is not None:
+        _compare(context, compared, tolerated)
+        return
+    if tolerated is not None:
+        raise BadOption("--tolerated", "has a meaning only with --compare")
     if device == "cuda" and not torch.cuda.is_available():
         raise BadOption("--device", "cuda was asked for, but torch sees no GPU")
     _refuse_unused(suite, {"--shapes": shapes, "--masks": masks}, ("attention", "mha", "all"))
@@ -184,6 +208,23 @@ def bench(
         records.append(outcome.record)
         picture = report.png(report.picture_grid(outcome.pictures))
     _finish(console, environment, records, picture, json_path, report_dir)
+
+
+def _compare(context: click.Context, compared: tuple[Path, Path], tolerated: float | None) -> None:
+    """Prints the regressions; exit code 1 when there are any."""
+    for name, value in context.params.items():
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and name not in ("compared", "tolerated"):
+            raise BadOption("--compare", f"measures nothing, so {value!r} has no meaning beside it")
+    try:
+        old, new = (recording.read(path) for path in compared)
+        lost = comparison.regressions(old, new, comparison.TOLERATED if tolerated is None else tolerated)
+    except ValueError as error:
+        raise BadOption("--compare", str(error)) from error
+    for line in lost or ["no regression"]:
+        click.echo(line)
+    if lost:
+        raise SystemExit(1)
 
 
 def _pictures(directory: Path | None) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from fastattn import cli
 
@@ -534,6 +535,39 @@ def test_a_lost_ratio_is_a_regression():
     old = [result("a", OURS, 1.0), result("a", "sdpa", 2.0, 2.0), result("b", "sdpa", 2.0, 2.0)]
     new = [result("a", OURS, 3.0), result("a", "sdpa", 4.5, 1.5), result("b", "sdpa", 9.0, 1.9)]
     assert compare.regressions(old, new) == ["a, beside sdpa: 2.00 × then, 1.50 × now"]
+    assert compare.regressions(old, new, tolerated=0.7) == []
+
+
+def test_a_lost_share_of_the_sentinel_is_a_regression():
+    old = [result("a", OURS, 1.0) | {"sentinel_share": 0.9}, result("b", OURS, 1.0) | {"sentinel_share": 0.9}]
+    new = [result("a", OURS, 1.0) | {"sentinel_share": 0.5}, result("b", OURS, 1.0) | {"sentinel_share": 0.85}]
+    assert compare.regressions(old, new) == ["a, beside sentinel: 0.90 × then, 0.50 × now"]
+
+
+def test_disturbed_and_unmatched_cases_are_not_compared():
+    old = [result("a", "sdpa", 2.0, 2.0), result("b", "sdpa", 2.0, 2.0)]
+    disturbed = result("a", "sdpa", 2.0, 1.0)
+    disturbed["time"]["noisy"] = True
+    assert compare.regressions(old, [disturbed, result("b", "sdpa", 2.0, 2.0)]) == []
+    with pytest.raises(ValueError, match="no measured case in common"):
+        compare.regressions(old, [disturbed])
+
+
+def test_compare_on_the_command_line(tmp_path: Path):
+    old, new = str(tmp_path / "old.jsonl"), str(tmp_path / "new.jsonl")
+    records.write(Path(old), [result("a", "sdpa", 2.0, 2.0)])
+    records.write(Path(new), [result("a", "sdpa", 2.0, 1.5)])
+    run, bench = CliRunner().invoke, bench_cli.bench
+    slower = run(bench, ["--compare", old, new])
+    assert slower.exit_code == 1 and slower.output == "a, beside sdpa: 2.00 × then, 1.50 × now\n"
+    assert run(bench, ["--compare", new, old]).output == "no regression\n"
+    assert run(bench, ["--compare", old, new, "--tolerated", "0.7"]).exit_code == 0
+    refused = run(bench, ["loss", "--quick", "--compare", old, new])
+    assert refused.exit_code == 2 and "--compare" in refused.output
+    assert "--tolerated" in run(bench, ["--tolerated", "0.7"]).output
+    Path(new).write_text("not json\n")
+    broken = run(bench, ["--compare", old, new])
+    assert broken.exit_code == 2 and "line 1 is not JSON" in broken.output
 
 
 def test_the_measured_table_replaces_the_marked_part(tmp_path: Path):
