@@ -1,7 +1,8 @@
 """Two runs beside each other (``fastattn bench --compare OLD NEW``), and the table of the README.
 
 Two runs are compared by what each measured beside itself, never in seconds: the ratios to the peers, and the share of
-the sentinel's rate. ``python -m fastattn.bench.compare --readme README.md RESULTS`` writes the measured table of RESULTS.
+the sentinel's rate. ``python -m fastattn.bench.compare --readme README.md RESULTS`` writes the measured
+table of RESULTS.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def speeds(records: Sequence[Record]) -> dict[tuple[str, str], float]:
     """
     found = {}
     for record in records:
-        if record["record"] != "result" or "time" not in record or record["time"].get("noisy"):
+        time = record.get("time")
+        if record.get("record") != "result" or not isinstance(time, dict) or time.get("noisy"):
             continue
         if record["contender"] == OURS:
             if record.get("sentinel_share"):
