@@ -1,0 +1,141 @@
+// What the two kernels of the Hopper backward share. The design is at the head of attention_backward_hopper.cu.
+#pragma once
+
+#include "../core/params.h"
+#include "hopper.h"
+#include "mask.h"
+#include "platform.h"
+
+namespace fastattn::cuda::hopper_backward {
+
+// Threads of a block: a warpgroup that feeds, and two that compute 64 rows of the stationary tile each.
+inline constexpr int kConsumers = 2;
+inline constexpr int kConsumerThreads = kConsumers * 128;
+inline constexpr int kThreads = 128 + kConsumerThreads;
+// Warps of the feeding warpgroup: the copies are issued by warp 0; warps 2 and 3 prepare what a tile needs beside its copies.
+// The registers of the machine, 512 a thread of each warpgroup, are shared out accordingly.
+inline constexpr int kCopyWarp = 0, kMaskWarp = 2, kMaskWarps = 2, kMaskThreads = kMaskWarps * 32;
+inline constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+
+// Rows of the stationary tile, of keys or of queries.
+inline constexpr int kStationary = kConsumers * 64;
+
+// Operands lie in panels of 64 columns: rows of 128 bytes, swizzled by the copy engine and read so by wgmma.
+inline constexpr int kPanelColumns = 64, kRowBytes = 128;
+
+// Operands start at multiples of 1024 bytes, where the swizzle pattern starts.
+constexpr int aligned_bytes(int bytes) { return (bytes + 1023) / 1024 * 1024; }
+
+// What the copy warp says of a stage.
+enum SlotKind : uint32_t { kEnd = 0, kPartial = 1, kFull = 2 };
+struct alignas(16) Slot {
+  uint32_t kind;
+  int tile, head;  // the streamed tile; head: of the queries
+};
+
+struct Problem {
+  MaskParams mask;
+  MaskSummary summary;
+  const float *shift, *delta;  // [B, Hq, L], see attention_backward_delta.h
+  TensorRef grad_query, grad_key, grad_value;
+  int heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
+  int tiles;                   // stationary tiles of one head
+  float scale, scale_log2;     // scale_log2 = scale * log2(e)
+};
+
+// Query, key, value and grad_out. Boxes have kPanelColumns columns, and the rows that the kernel copies at once.
+struct Maps {
+  TensorMap query, key, value, grad_out;
+};
+
+int64_t dkv_blocks(const AttentionBackwardParams& params);
+int64_t dq_blocks(const AttentionBackwardParams& params);
+void run_dkv(const AttentionBackwardParams& params, Problem problem);
+void run_dq(const AttentionBackwardParams& params, Problem problem);
+
+// The head dim of the instance that serves the problem.
+static inline int padded_head_dim(const AttentionParams& p) { return max64(p.dim_qk, p.dim_v) <= 64 ? 64 : 128; }
+
+static inline TensorMap panel_map(const TensorRef& x, int64_t batch, int64_t heads, int64_t rows, int64_t dim, int box_rows) {
+  const int64_t dims[4] = {batch, heads, rows, dim};
+  return make_tensor_map(x, dims, box_rows, kPanelColumns);
+}
+
+#if FASTATTN_HOPPER
+
+// The panels of ROWS rows from `row` of head (b, h); one thread. The barrier expects ROWS * HEAD_DIM elements.
+template <int HEAD_DIM, int ROWS>
+FASTATTN_DEVICE void load_panels(unsigned char* operand, const TensorMap& map, uint64_t* barrier, int row, int h, int b) {
+#pragma unroll
+  for (int panel = 0; panel < HEAD_DIM / kPanelColumns; ++panel)
+    ptx::tma_load_4d(operand + panel * ROWS * kRowBytes, &map, barrier, panel * kPanelColumns, row, h, b);
+}
+
+// Byte offset, in descriptor units, of step `k` (16 columns) of an operand of `rows` rows whose columns are summed over.
+template <int ROWS>
+FASTATTN_DEVICE constexpr uint64_t column_step(int k) {
+  return static_cast<uint64_t>((k / 4 * ROWS * kRowBytes + k % 4 * 32) >> 4);
+}
+
+// The same where its rows are summed over: 16 rows.
+FASTATTN_DEVICE constexpr uint64_t row_step(int k) { return static_cast<uint64_t>((k * 16 * kRowBytes) >> 4); }
+
+// c += A B, or c = A B: one product of a tile. A is stationary and read by columns, B has N rows and HEAD_DIM columns.
+template <typename T, int HEAD_DIM, int N>
+FASTATTN_DEVICE void scores(float (&c)[N / 2], uint64_t a, uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < HEAD_DIM / 16; ++k)
+    ptx::wgmma<T, N, false>(c, a + column_step<kStationary>(k), b + column_step<N>(k), k > 0);
+}
+
+// c [64, HEAD_DIM] += A [64, ROWS] B [ROWS, HEAD_DIM], A in registers.
+template <typename T, int HEAD_DIM, int ROWS>
+FASTATTN_DEVICE void accumulate(float (&c)[HEAD_DIM / 2], const uint32_t (&a)[ROWS / 16][4], uint64_t b) {
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k) ptx::wgmma_rs<T, HEAD_DIM, true>(c, a[k], b + row_step(k), true);
+}
+
+// Fragments of a 64 x N result: thread t of a warpgroup has, of the rows 16 (t / 32) + t % 32 / 4 + {0, 8}, the columns
+// 8 n + 2 (t % 4) + {0, 1}, as c[4 n + 2 row + column]. Those of an operand A in registers are the same, 16 columns a step.
+template <typename T, int N>
+FASTATTN_DEVICE void pack(uint32_t (&a)[N / 16][4], const float (&c)[N / 2]) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+    a[n / 2][n % 2 * 2] = pack2<T>(c[4 * n], c[4 * n + 1]);
+    a[n / 2][n % 2 * 2 + 1] = pack2<T>(c[4 * n + 2], c[4 * n + 3]);
+  }
+}
+
+// factor * c to rows row0 .. of (b, h); rows at or beyond `rows` and columns at or beyond `dim` do not exist.
+template <typename T, int HEAD_DIM>
+FASTATTN_DEVICE void store_rows(const TensorRef& x, int b, int h, int row0, int rows, int dim, const float (&c)[HEAD_DIM / 2],
+                                float factor, int lane) {
+#pragma unroll
+  for (int half_tile = 0; half_tile < 2; ++half_tile) {
+    const int row = row0 + lane / 4 + 8 * half_tile;
+    if (row >= rows) continue;
+    T* const out = static_cast<T*>(x.ptr) + b * x.stride[0] + h * x.stride[1] + row * x.stride[2];
+#pragma unroll
+    for (int n = 0; n < HEAD_DIM / 8; ++n) {
+      const int d = 8 * n + 2 * (lane % 4);
+      const float lo = factor * c[4 * n + 2 * half_tile], hi = factor * c[4 * n + 2 * half_tile + 1];
+      if (d + 1 < dim) *reinterpret_cast<uint32_t*>(out + d) = pack2<T>(lo, hi);
+      else if (d < dim) out[d] = from_float<T>(lo);
+    }
+  }
+}
+
+// Zeroes those rows of a [ROWS, HEAD_DIM] operand, of 32 rows from row0, whose bit is set. By one warp.
+template <int HEAD_DIM, int ROWS>
+FASTATTN_DEVICE void zero_rows(unsigned char* operand, int row0, uint32_t dead, int lane) {
+  constexpr int kChunks = HEAD_DIM / 8;  // of 16 bytes, in a row
+  for (; dead; dead &= dead - 1) {
+    const int row = row0 + __ffs(static_cast<int>(dead)) - 1;
+    if (lane < kChunks)
+      *reinterpret_cast<uint4*>(operand + lane / 8 * ROWS * kRowBytes + row * kRowBytes + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
+  }
+}
+
+#endif
+
+}  // namespace fastattn::cuda::hopper_backward
