@@ -173,7 +173,9 @@ FASTATTN_DEVICE void load_a_transposed(uint32_t (&a)[4], const T* tile, int row0
 // k = columns chunk0 * 8 .. +16.
 template <typename T, int COLUMNS>
 FASTATTN_DEVICE void load_b_transposed(uint32_t (&b)[4], const T* tile, int row0, int chunk0, int lane) {
-  ptx::ldmatrix_x4(b, tile + tile_detail::lane_offset<T, COLUMNS>(row0, lane / 16 * 8 + lane % 8, chunk0, lane / 8 % 2));
+  uint32_t r[4];  // read as an A fragment is: one lane offset for all three kinds
+  ptx::ldmatrix_x4(r, tile + tile_detail::lane_offset<T, COLUMNS>(row0, lane % 16, chunk0, lane / 16));
+  b[0] = r[0], b[1] = r[2], b[2] = r[1], b[3] = r[3];
 }
 
 // Two B fragments, {b[0], b[1]} and {b[2], b[3]}, of X Y with Y = tile: k = rows row0 .. +16, n = columns chunk0 * 8 .. +8
