@@ -24,7 +24,11 @@ else
   STAMP_SOURCES := $(SOURCES)
 endif
 FASTATTN := $(PY) -m fastattn
-CMAKE_FLAGS := -G Ninja -DFASTATTN_TESTS=ON -DFASTATTN_MODULE=OFF
+CMAKE_FLAGS := -G Ninja -DFASTATTN_TESTS=ON
+# The CUDA kernels executed on the CPU, as a module for Python; torch carries pybind11's headers.
+EMULATED_FLAGS = -DFASTATTN_MODULE=emulated -DFASTATTN_MODULE_DIR=$(CURDIR)/build/emulator -DFASTATTN_MODULE_FILE=_cuda.so \
+  $(shell $(PY) -c 'import sysconfig, pathlib, torch; print("-DFASTATTN_PYTHON_INCLUDE=" + sysconfig.get_path("include"), \
+  "-DFASTATTN_PYBIND11_INCLUDE=" + str(pathlib.Path(torch.__file__).parent / "include"))')
 
 # cmake and ninja come with the interpreter's packages, or else from the system.
 ifdef PYTHON
@@ -33,13 +37,14 @@ else
   export PATH := $(CURDIR)/.venv/bin:$(PATH)
 endif
 
-.PHONY: help setup test test-full test-triton cpp-test sanitize lint format bench demo clean
+.PHONY: help setup test test-full test-triton cpp-test emulator sanitize race-check lint format bench demo clean
 
 help:
 	@echo "make bench      set up, build, verify, benchmark, train SimMIM on photographs; report in $(REPORT)/report.html"
 	@echo "make test       set up, build, lint, C++ tests, Python tests"
 	@echo "make test-full  the longer sweeps: random problems, sanitizers, slow tests"
 	@echo "make test-triton  the long walks of the Triton kernels in Triton's interpreter"
+	@echo "make emulator   the CUDA kernels for the CPU, as build/emulator/_cuda.so (FASTATTN_CUDA_LIBRARY)"
 	@echo "make setup      only set up and build"
 	@echo "make lint | format | clean"
 	@echo "PYTHON=/path/to/python uses that interpreter as it is, for machines with no package index"
@@ -67,7 +72,7 @@ endif
 test: setup lint cpp-test
 	$(PY) -m pytest tests -n $(JOBS) -q
 
-test-full: setup sanitize
+test-full: setup cpp-test sanitize race-check
 	$(PY) -m pytest tests -n $(JOBS) -q --full -m slow
 	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
@@ -77,15 +82,26 @@ test-triton: setup
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels -n $(JOBS) -q --full
 	$(FASTATTN) verify --backend triton --interpret --cases 150
 
+# The C++ tests, and the CUDA kernels as a Python module that executes them on the CPU.
 cpp-test: setup
-	cmake -S . -B build/cpp-test $(CMAKE_FLAGS)
+	cmake -S . -B build/cpp-test $(CMAKE_FLAGS) $(EMULATED_FLAGS)
 	cmake --build build/cpp-test
 	ctest --test-dir build/cpp-test --output-on-failure -j $(JOBS)
 
+emulator: setup
+	cmake -S . -B build/cpp-test $(CMAKE_FLAGS) $(EMULATED_FLAGS)
+	cmake --build build/cpp-test --target fastattn_module
+
 sanitize: setup
-	cmake -S . -B build/sanitize $(CMAKE_FLAGS) -DFASTATTN_SANITIZE=ON
+	cmake -S . -B build/sanitize $(CMAKE_FLAGS) -DFASTATTN_MODULE=OFF -DFASTATTN_SANITIZE=ON
 	cmake --build build/sanitize
 	ctest --test-dir build/sanitize --output-on-failure -j $(JOBS)
+
+# The emulated CUDA kernels, with every access to memory watched for races.
+race-check: setup
+	cmake -S . -B build/race-check $(CMAKE_FLAGS) -DFASTATTN_MODULE=OFF -DFASTATTN_RACE_CHECK=ON
+	cmake --build build/race-check --target cuda_tests
+	ctest --test-dir build/race-check --output-on-failure -j $(JOBS) -L cuda
 
 ifdef PYTHON
 lint:
