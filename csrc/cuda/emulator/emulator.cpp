@@ -503,10 +503,8 @@ void Runner::complete(Barrier& barrier) {
   uint32_t lanes[kMaxThreads / kWarpSize] = {};
   for (const Thread* member : barrier.members) lanes[member->warp] |= 1u << member->lane;
   for (const Thread* member : barrier.members) {
-    const uint32_t alive = block->warps[static_cast<size_t>(member->warp)].alive;
-    if (lanes[member->warp] != alive) {
-      fail_for(*member, "barrier: only the lanes %08x of the lanes %08x of the warp are here", lanes[member->warp], alive);
-    }
+    const uint32_t missing = block->warps[static_cast<size_t>(member->warp)].alive & ~lanes[member->warp];
+    if (missing) fail_for(*member, "barrier: the lanes %08x of the warp are not here", missing);
   }
   if (race_observer) race_observer->join(barrier.members.data(), barrier.members.size());
   for (Thread* waiting : barrier.waiting) block->resume(*waiting);
@@ -566,12 +564,13 @@ void warp_collective(const Collective& collective, uint32_t mask, void* operands
   OpenCollective* open = nullptr;
   for (int n = 0; n < warp.open_count; ++n) {
     OpenCollective& other = warp.open[n];
-    if (!(other.mask & mask)) continue;  // two parts of the warp that have nothing to do with each other
-    if (other.collective != &collective || other.mask != mask) {
+    if (other.collective == &collective && other.mask == mask) {
+      open = &other;
+    } else if ((other.mask & me) && (other.arrived & mask)) {
+      // Each waits for the other somewhere else. (One-sided is fine: part of the warp has something to do before it comes.)
       fail("diverged warp: this lane is in %s with mask %08x, lane %d in %s with mask %08x", collective.name, mask,
            __builtin_ctz(other.arrived), other.collective->name, other.mask);
     }
-    open = &other;
   }
   if (open == nullptr) {
     open = &warp.open[warp.open_count++];

@@ -9,7 +9,7 @@
 namespace fastattn::cuda {
 
 // Four-dimensional tensor [batch, head, row, column] as TMA sees it; the emulator's CUtensorMap.
-struct alignas(64) EmulatedTensorMap {
+struct EmulatedTensorMap {
   unsigned char* base;
   int64_t size[4];          // columns, rows, heads, batch
   int64_t stride_bytes[4];
