@@ -94,6 +94,7 @@ struct Warp {
   uint32_t runnable = 0;  // lanes that the scheduler may resume
   uint32_t alive = 0;     // lanes that have not returned
   uint32_t polling = 0;   // lanes that look again after the next notify()
+  uint32_t deferred = 0;  // lanes that go on only when nothing else can
   int open_count = 0;     // more than one only when parts of the warp work apart
   OpenCollective open[kWarpSize];
   void* operands[kWarpSize];  // what each lane passed to the collective it is in
@@ -108,12 +109,14 @@ class Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   std::vector<BulkTransfer> loads;  // TMA loads in flight
+  std::vector<const uint64_t*> mbarriers;
   std::vector<std::vector<std::string>> wgmma_log;  // per warpgroup: what its n-th wgmma was
   int64_t index = 0;                // in the grid
 
   // For the running thread.
   void suspend(const char* what);  // until somebody calls resume() for it
   void poll(const char* what);     // until the next notify()
+  void defer(const char* what);    // until nothing else can run, or for a random time; the whole warp does it
 
   void resume(Thread& thread) { warps[thread.warp].runnable |= 1u << thread.lane; }
   void notify();  // something that a polling thread may wait for has happened

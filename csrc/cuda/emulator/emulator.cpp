@@ -258,6 +258,7 @@ class Runner {
     for (Barrier& barrier : block_.barriers) barrier = Barrier{};
     for (Warp& warp : block_.warps) warp = Warp{};
     block_.loads.clear();
+    block_.mbarriers.clear();
     block_.wgmma_log.assign((block_.threads.size() + kWarpgroupSize - 1) / kWarpgroupSize, {});
     for (Thread& t : block_.threads) {
       t.position.block = at;
@@ -278,18 +279,41 @@ class Runner {
   // One warp runs as far ahead as it can, then another random one does.
   void schedule() {
     int current = -1;
-    // TMA loads land as late as possible, now and then before that, or soon: by the seed.
+    // Asynchronous work gets done as late as possible, now and then before that, or soon: by the seed.
     const uint64_t one_in = seed() % 3 == 0 ? 0 : seed() % 3 == 1 ? 64 : 4;
     while (live_ > 0) {
-      if (one_in != 0 && !block_.loads.empty() && block_.random() % one_in == 0) land_a_load();
+      if (one_in != 0 && (!block_.loads.empty() || deferred()) && block_.random() % one_in == 0) finish_something();
       if (current < 0 || block_.warps[static_cast<size_t>(current)].runnable == 0) current = choose_warp();
       if (current < 0) {
-        if (land_a_load()) continue;
+        if (finish_something()) continue;
         report_deadlock();
       }
       Warp& warp = block_.warps[static_cast<size_t>(current)];
       resume_fiber(block_.threads[static_cast<size_t>(current * kWarpSize + choose_lane(warp.runnable))]);
     }
+  }
+
+  bool deferred() const {
+    for (const Warp& warp : block_.warps) {
+      if (warp.deferred) return true;
+    }
+    return false;
+  }
+
+  // Lets a deferred warp go on, or a TMA load land; false when there is neither. A wgmma that reads what a load has not brought
+  // yet shows best when the loads come last, the default; other faults may need another order.
+  bool finish_something() {
+    const size_t count = block_.warps.size(), loads = seed() % 3 == 0 ? 0 : block_.loads.size();
+    const size_t start = static_cast<size_t>(block_.random() % (count + loads));
+    if (start >= count) return land_a_load();
+    for (size_t n = 0; n < count; ++n) {
+      Warp& warp = block_.warps[(start + n) % count];
+      if (warp.deferred == 0) continue;
+      warp.runnable |= warp.deferred;
+      warp.deferred = 0;
+      return true;
+    }
+    return land_a_load();
   }
 
   int choose_warp() {
@@ -479,6 +503,11 @@ void Block::suspend(const char* what) {
 
 void Block::poll(const char* what) {
   warps[static_cast<size_t>(thread->warp)].polling |= 1u << thread->lane;
+  suspend(what);
+}
+
+void Block::defer(const char* what) {
+  warps[static_cast<size_t>(thread->warp)].deferred |= 1u << thread->lane;
   suspend(what);
 }
 

@@ -14,6 +14,15 @@ namespace {
 // of floats.
 typedef float Row8 __attribute__((vector_size(32), aligned(4), may_alias));
 
+// The 8 bytes of an mbarrier. The tag tells it from memory that was never initialised, or has been overwritten.
+struct MBarrier {
+  uint64_t tag : 8, phase : 1, expected : 11, pending : 12;
+  int64_t bytes : 32;  // expected and not yet arrived; below 0 when a copy lands before it is expected
+};
+static_assert(sizeof(MBarrier) == sizeof(uint64_t));
+constexpr uint64_t kMBarrierTag = 0xb5;
+constexpr int kMaxArrivals = 1023;
+
 }  // namespace
 
 // ---- state of the asynchronous instructions ----
@@ -37,9 +46,21 @@ void finish_thread(Thread& t) {
 
 void finish_block() {
   if (!block->loads.empty()) fail("the block ended with %zu TMA loads in flight", block->loads.size());
+  for (const uint64_t* address : block->mbarriers) {
+    MBarrier barrier;
+    std::memcpy(&barrier, address, sizeof barrier);
+    if (barrier.tag == kMBarrierTag && barrier.bytes != 0) {
+      fail("the block ended with an mbarrier that is owed %lld bytes", static_cast<long long>(barrier.bytes));
+    }
+  }
   // setmaxnreg: the register file has 64 Ki registers; asking for more would wait for ever.
   int64_t registers = 0;
-  for (const Thread& t : block->threads) registers += t.registers;
+  for (const Thread& t : block->threads) {
+    registers += t.registers;
+    if (t.registers != block->threads[static_cast<size_t>(t.index / kWarpgroupSize * kWarpgroupSize)].registers) {
+      fail_for(t, "setmaxnreg: not the same in all threads of the warpgroup");
+    }
+  }
   if (registers > 65536) fail("setmaxnreg: %lld registers in all, there are 65536", static_cast<long long>(registers));
 }
 
@@ -183,15 +204,6 @@ void multiply_m16n8k16(bool is_bfloat16, float* c, const uint32_t* a, uint32_t b
 
 namespace {
 
-// The 8 bytes of an mbarrier. The tag tells it from memory that was never initialised, or has been overwritten.
-struct MBarrier {
-  uint64_t tag : 8, phase : 1, expected : 11, pending : 12;
-  int64_t bytes : 32;  // expected and not yet arrived; below 0 when a copy lands before it is expected
-};
-static_assert(sizeof(MBarrier) == sizeof(uint64_t));
-constexpr uint64_t kMBarrierTag = 0xb5;
-constexpr int kMaxArrivals = 1023;
-
 MBarrier read_mbarrier(const uint64_t* address, const char* what) {
   checked_shared(*thread, address, sizeof(MBarrier), alignof(uint64_t), what);
   MBarrier barrier;
@@ -227,6 +239,7 @@ void mbarrier_init(uint64_t* address, int arrivals) {
   barrier.expected = static_cast<unsigned>(arrivals) & 0x7ffu;
   barrier.pending = barrier.expected;
   std::memcpy(address, &barrier, sizeof barrier);
+  block->mbarriers.push_back(address);
 }
 
 void mbarrier_arrive(uint64_t* address) {
@@ -609,6 +622,7 @@ void wgmma_wait(int pending_groups) {
     return true;
   };
   while (!all_issued()) block->poll("wgmma.wait_group (a thread of the warpgroup has not issued it)");
+  block->defer("wgmma.wait_group");
   warp_collective(kWgmmaWait, kAllLanes, &operands);
   if (pending_groups == 0) state.fenced = false;
 }
