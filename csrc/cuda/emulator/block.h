@@ -146,27 +146,35 @@ bool land_a_load();                  // completes a randomly chosen TMA load; fa
 
 // ---- race check ----
 
-// Receives every access and every synchronisation of the running block; null unless race_check.cpp is linked in.
+// Shared memory is reached by two proxies: loads, stores and mma operands by the generic one, wgmma operands and TMA by the
+// asynchronous one. What one wrote the other sees after a proxy fence only.
+enum class Proxy { kGeneric, kAsync };
+
+// Receives the accesses and the synchronisation of the running block; null unless a kernel was compiled for the race check
+// (race_check.cpp).
 class RaceObserver {
  public:
-  virtual ~RaceObserver() = default;
-  virtual void start_launch() = 0;
-  virtual void start_block(const Block& block) = 0;
-  virtual void stacks(const unsigned char* low, const unsigned char* high) = 0;  // where private memory lies
-  virtual void read(const Thread& by, const void* address, size_t bytes, const char* what) = 0;
+  virtual void start_launch(const unsigned char* stacks_low, const unsigned char* stacks_high) = 0;
+  virtual void start_block() = 0;
+  virtual void read(const Thread& by, const void* address, size_t bytes, Proxy proxy, const char* what) = 0;
   virtual void write(const Thread& by, const void* address, size_t bytes, const char* what) = 0;
   virtual void atomic(const Thread& by, const void* address, size_t bytes) = 0;
+  // A read that a whole warp does as one (ldmatrix, wgmma): it is over for all lanes when it is for one. start_warp_read
+  // comes before the reads of one instruction.
+  virtual void start_warp_read(int warp) = 0;
+  virtual void warp_read(const void* address, size_t bytes, Proxy proxy, const char* what) = 0;
   // Everybody in the list has met: what any did before, all know from now on.
   virtual void join(Thread* const* members, size_t count) = 0;
-  // What `by` did so far is handed to whoever acquires the key.
+  // What `by` did and knows is handed to whoever acquires the key.
   virtual void release(const Thread& by, const void* key) = 0;
   virtual void acquire(const Thread& by, const void* key) = 0;
-  // Reads of the asynchronous proxy (wgmma, TMA store): generic writes must have passed a proxy fence.
-  virtual void async_read(const Thread& by, const void* address, size_t bytes, const char* what) = 0;
   virtual void proxy_fence(const Thread& by) = 0;
-  // A TMA load: issued by a thread; the ticket is handed back when it lands on its barrier.
+  // A TMA load writes from its issue on; with the ticket it hands that over to its barrier when it lands.
   virtual int64_t async_write(const Thread& by, const void* address, size_t bytes, const char* what) = 0;
   virtual void async_landed(int64_t ticket, const void* key) = 0;
+
+ protected:
+  ~RaceObserver() = default;
 };
 
 extern RaceObserver* race_observer;

@@ -186,10 +186,7 @@ class Runner {
     allocate_shared();
     block = &block_;
     runner = this;
-    if (race_observer) {
-      race_observer->stacks(stacks().low(), stacks().high());
-      race_observer->start_launch();
-    }
+    if (race_observer) race_observer->start_launch(stacks().low(), stacks().high());
   }
 
   ~Runner() {
@@ -270,7 +267,7 @@ class Runner {
     }
     for (Warp& warp : block_.warps) warp.alive = warp.runnable;
     live_ = static_cast<int>(block_.threads.size());
-    if (race_observer) race_observer->start_block(block_);
+    if (race_observer) race_observer->start_block();
     schedule();
     finish_block();
     check_canary();
@@ -358,6 +355,7 @@ class Runner {
     block_.warps[static_cast<size_t>(t.warp)].runnable &= ~(1u << t.lane);
     thread = &t;
     position = &t.position;
+    on_fiber_ = true;
 #if defined(FASTATTN_ASAN)
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, t.stack, kStackBytes);
@@ -370,6 +368,7 @@ class Runner {
 #if defined(FASTATTN_ASAN)
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #endif
+    on_fiber_ = false;
     thread = nullptr;
     position = nullptr;
     if (failed_) throw EmulationError(error_);
@@ -435,6 +434,7 @@ class Runner {
   void* allocation_ = nullptr;
   size_t allocation_bytes_ = 0;
   int live_ = 0;
+  bool on_fiber_ = false;
   bool failed_ = false;
   std::string error_;
   void* scheduler_ = nullptr;  // saved stack pointer of the caller
@@ -442,11 +442,14 @@ class Runner {
   ucontext_t scheduler_context_;
   std::vector<ucontext_t> contexts_;
 #endif
+#if defined(FASTATTN_ASAN)
   const void* caller_stack_ = nullptr;
   size_t caller_stack_bytes_ = 0;
+#endif
 
  public:
   int live() const { return live_; }
+  bool on_fiber() const { return on_fiber_; }
   static void complete(Barrier& barrier);
   void release_block_barrier(int live);
 };
@@ -458,7 +461,7 @@ __thread Runner* Runner::runner = nullptr;
 void fail_with(const Thread* culprit, const char* format, va_list arguments) {
   std::string message = format_message(format, arguments);
   message += place(culprit);
-  if (thread == nullptr) throw EmulationError(message);
+  if (!Runner::runner || !Runner::runner->on_fiber()) throw EmulationError(message);
   Runner::runner->fail_on_fiber(message);
 }
 

@@ -95,7 +95,7 @@ void copy_wait(int pending_groups) {
   for (const PendingCopy& copy : thread->copies) {
     if (copy.group >= first_pending) break;
     if (race_observer) {
-      if (copy.bytes > 0) race_observer->read(*thread, copy.source, static_cast<size_t>(copy.bytes), "cp.async");
+      if (copy.bytes > 0) race_observer->read(*thread, copy.source, static_cast<size_t>(copy.bytes), Proxy::kGeneric, "cp.async");
       race_observer->write(*thread, copy.destination, 16, "cp.async");
     }
     if (copy.bytes > 0) std::memcpy(copy.destination, copy.source, static_cast<size_t>(copy.bytes));
@@ -115,13 +115,14 @@ struct LoadMatrixOperands {
 template <int kCount, bool kTransposed>
 void run_load_matrix(uint32_t, void* const (&operands)[32]) {
   Thread* const lanes = &block->threads[static_cast<size_t>(thread->warp * kWarpSize)];
+  if (race_observer) race_observer->start_warp_read(thread->warp);
   for (int m = 0; m < kCount; ++m) {
     uint16_t matrix[8][8];
     for (int i = 0; i < 8; ++i) {
       const int lane = m * 8 + i;
       const void* const row = static_cast<const LoadMatrixOperands*>(operands[lane])->row;
       const unsigned char* const from = checked_shared(lanes[lane], row, 16, 16, "ldmatrix");
-      if (race_observer) race_observer->read(lanes[lane], from, 16, "ldmatrix");
+      if (race_observer) race_observer->warp_read(from, 16, Proxy::kGeneric, "ldmatrix");
       std::memcpy(matrix[i], from, 16);
     }
     // Lane l gets elements (l / 4, 2 * (l % 4)) and the one right of it, or of the transposed matrix.
@@ -246,7 +247,7 @@ void mbarrier_arrive(uint64_t* address) {
   MBarrier barrier = read_mbarrier(address, "mbarrier.arrive");
   count_arrival(barrier, "mbarrier.arrive");
   if (race_observer) {
-    race_observer->read(*thread, address, sizeof barrier, "mbarrier.arrive");
+    race_observer->read(*thread, address, sizeof barrier, Proxy::kGeneric, "mbarrier.arrive");
     race_observer->release(*thread, address);
   }
   update_mbarrier(address, barrier);
@@ -259,7 +260,7 @@ void mbarrier_expect(uint64_t* address, uint32_t bytes, bool arrive) {
   barrier.bytes += bytes;
   if (arrive) count_arrival(barrier, what);
   if (race_observer) {
-    race_observer->read(*thread, address, sizeof barrier, what);
+    race_observer->read(*thread, address, sizeof barrier, Proxy::kGeneric, what);
     race_observer->release(*thread, address);
   }
   update_mbarrier(address, barrier);
@@ -267,7 +268,7 @@ void mbarrier_expect(uint64_t* address, uint32_t bytes, bool arrive) {
 
 void mbarrier_wait(uint64_t* address, uint32_t parity) {
   if (parity > 1) fail("mbarrier.try_wait: parity %u", parity);
-  if (race_observer) race_observer->read(*thread, address, sizeof(MBarrier), "mbarrier.try_wait");
+  if (race_observer) race_observer->read(*thread, address, sizeof(MBarrier), Proxy::kGeneric, "mbarrier.try_wait");
   while (read_mbarrier(address, "mbarrier.try_wait").phase == parity) block->poll("mbarrier.try_wait");
   if (race_observer) race_observer->acquire(*thread, address);
 }
@@ -393,10 +394,14 @@ void store_wait(int pending_groups) {
   size_t done = 0;
   for (const BulkTransfer& transfer : thread->stores) {
     if (transfer.group >= first_pending) break;
-    if (race_observer) race_observer->async_read(*thread, transfer.shared, transfer.bytes, "TMA store");
     const size_t bytes = static_cast<size_t>(transfer.map.element_bytes);
     for_each_element(transfer, [bytes](unsigned char* global, const unsigned char* shared) {
-      if (global) std::memcpy(global, shared, bytes);
+      if (global == nullptr) return;
+      if (race_observer) {
+        race_observer->read(*thread, shared, bytes, Proxy::kAsync, "TMA store");
+        race_observer->write(*thread, global, bytes, "TMA store");
+      }
+      std::memcpy(global, shared, bytes);
     });
     ++done;
   }
@@ -432,7 +437,7 @@ namespace fastattn::cuda::emulator {
 
 namespace {
 
-constexpr int kWgmmaRows = 64, kWgmmaDepth = 16, kMaxWgmmaColumns = 256;
+constexpr int kWgmmaDepth = 16, kMaxWgmmaColumns = 256;
 
 std::vector<std::string>& log_of_warpgroup() {
   return block->wgmma_log[static_cast<size_t>(thread->index / kWarpgroupSize)];
@@ -470,7 +475,7 @@ class Operand {
     const uint32_t address = swizzled(start_ + offset);
     if (address + 2 > block->shared_bytes) fail("wgmma: operand element (%d, %d) at shared memory offset %u of %zu", r, k, address, block->shared_bytes);
     const unsigned char* const from = block->shared + address;
-    if (race_observer) race_observer->async_read(*thread, from, 2, "wgmma");
+    if (race_observer) race_observer->warp_read(from, 2, Proxy::kAsync, "wgmma");
     uint16_t bits;
     std::memcpy(&bits, from, sizeof bits);
     return element(is_bfloat16_, bits);
@@ -548,6 +553,7 @@ void run_wgmma_wait(uint32_t, void* const (&operands)[32]) {
       fail("wgmma.wait_group: lane 0 and lane %d have issued different wgmmas", lane);
     }
   }
+  if (race_observer) race_observer->start_warp_read(thread->warp);
   for (size_t n = 0; n < count; ++n) multiply_rows(lanes, n);
   for (int lane = 0; lane < kWarpSize; ++lane) {
     WgmmaState& state = lanes[lane].wgmma;

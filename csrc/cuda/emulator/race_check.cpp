@@ -1,0 +1,379 @@
+// Finds accesses of two threads to the same memory, one of them a write, that no synchronisation orders.
+//
+// A kernel compiled with -fsanitize=thread calls a __tsan_* function at every access to memory. The functions below take the
+// place of the thread sanitizer's library, whose threads are not ours: they feed a race check over the threads of the emulated
+// block. It watches as soon as one such object file is part of the program; otherwise it costs nothing.
+//
+// The check is by vector clocks: the clock of an actor tells, for each actor, up to which of its epochs it knows what it did.
+// An access is a race unless the accessing actor knows the epoch of every conflicting access before it. Actors are the
+// threads of the block, one for all TMA loads, and one per warp for the reads that a warp does as one.
+//
+// Shared memory starts afresh with every block. In global memory, accesses from different blocks are never ordered within a
+// launch, except that atomics do not race with each other.
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <unordered_map>
+
+#include "block.h"
+
+namespace fastattn::cuda::emulator {
+namespace {
+
+using Clock = std::vector<uint32_t>;
+
+void merge(Clock& into, const Clock& from) {
+  for (size_t n = 0; n < into.size(); ++n) into[n] = std::max(into[n], from[n]);
+}
+
+// What an actor knows, and of that, what has passed a proxy fence.
+struct Knowledge {
+  Clock known, fenced;
+
+  void reset(size_t actors) {
+    known.assign(actors, 0);
+    fenced.assign(actors, 0);
+  }
+  void learn(const Knowledge& other) {
+    merge(known, other.known);
+    merge(fenced, other.fenced);
+  }
+};
+
+struct Access {
+  int actor = -1;
+  uint32_t epoch = 0;
+  const char* what = "";
+  bool atomic = false, asynchronous = false;
+};
+
+// The accesses to one byte that a later one may race with.
+struct Byte {
+  Access writer;               // the last write
+  std::vector<Access> readers;  // since then, one entry for each actor
+  int64_t block = -1;           // whose accesses these are
+  bool read_elsewhere = false;  // also read by another block, in this launch
+};
+
+// Byte states of some memory, in pages made at the first access.
+class Shadow {
+ public:
+  static constexpr size_t kPageBytes = 1024;
+
+  void clear() { pages_.clear(); }
+
+  Byte& at(uintptr_t address) {
+    const uintptr_t page = address / kPageBytes;
+    if (page != last_page_ || pages_.empty()) {
+      std::unique_ptr<Byte[]>& bytes = pages_[page];
+      if (!bytes) bytes.reset(new Byte[kPageBytes]);
+      last_ = bytes.get();
+      last_page_ = page;
+    }
+    return last_[address % kPageBytes];
+  }
+
+ private:
+  std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages_;
+  uintptr_t last_page_ = 0;
+  Byte* last_ = nullptr;
+};
+
+// The state of one OS thread's launch.
+struct State {
+  std::vector<Knowledge> actors;
+  std::unordered_map<const void*, Knowledge> keys;
+  std::map<int64_t, Knowledge> landing;  // TMA loads in flight, by ticket
+  int64_t next_ticket = 0;
+  Shadow shared, global;
+  uintptr_t stacks_low = 0, stacks_high = 0;
+  Knowledge reader;  // what all lanes know in the warp read in progress
+  int reading_warp = 0;
+
+  int threads() const { return static_cast<int>(block->threads.size()); }
+  int tma() const { return threads(); }
+  int warp_actor(int warp) const { return threads() + 1 + warp; }
+  Knowledge& of(int actor) { return actors[static_cast<size_t>(actor)]; }
+  uint32_t& epoch(int actor) { return of(actor).known[static_cast<size_t>(actor)]; }
+};
+
+State& state() {
+  thread_local State value;
+  return value;
+}
+
+bool in_shared(uintptr_t address) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(block->shared);
+  return block->shared != nullptr && address >= start && address - start < block->shared_bytes;
+}
+
+std::string name_of(int actor) {
+  if (actor == state().tma()) return "TMA";
+  if (actor > state().tma()) return "warp " + std::to_string(actor - state().tma() - 1);
+  return "thread " + std::to_string(actor);
+}
+
+[[noreturn]] void report(const char* kind, uintptr_t address, const Access& before, const Access& now, const char* missing) {
+  const bool shared = in_shared(address);
+  char where[64], text[384];
+  std::snprintf(where, sizeof where, shared ? "shared memory offset %zu" : "global memory %#zx",
+                static_cast<size_t>(shared ? address - reinterpret_cast<uintptr_t>(block->shared) : address));
+  {
+    const std::string other = name_of(before.actor), me = name_of(now.actor);
+    std::snprintf(text, sizeof text, "race (%s) on %s: %s by %s, then %s by %s, without %s", kind, where, before.what, other.c_str(),
+                  now.what, me.c_str(), missing);
+  }
+  fail("%s", text);
+}
+
+[[noreturn]] void report_blocks(uintptr_t address, const char* before, const Access& now) {
+  fail("race on global memory %#zx: %s in another block of the grid and %s here", static_cast<size_t>(address), before, now.what);
+}
+
+enum class Kind { kRead, kWrite };
+
+// One access, `now`, by an actor that knows `mine`.
+void check(const Access& now, Kind kind, const Knowledge& mine, const void* pointer, size_t bytes) {
+  State& s = state();
+  const uintptr_t start = reinterpret_cast<uintptr_t>(pointer);
+  if (start >= s.stacks_low && start < s.stacks_high) return;  // local variables
+  const bool shared = in_shared(start);
+  Shadow& shadow = shared ? s.shared : s.global;
+  for (uintptr_t address = start; address < start + bytes; ++address) {
+    Byte& byte = shadow.at(address);
+    if (byte.block != block->index) {
+      if (byte.block >= 0) {
+        // Only global memory outlives a block.
+        if (byte.writer.actor >= 0 && !(byte.writer.atomic && now.atomic)) report_blocks(address, byte.writer.what, now);
+        const bool read = byte.read_elsewhere || !byte.readers.empty();
+        if (read && kind == Kind::kWrite && !now.atomic) report_blocks(address, "read", now);
+        byte.read_elsewhere = read;
+        byte.readers.clear();
+        if (byte.writer.actor >= 0) byte.writer.epoch = 0;  // atomic, by an actor that is gone: ordered with everything here
+      }
+      byte.block = block->index;
+    } else if (byte.read_elsewhere && kind == Kind::kWrite && !now.atomic) {
+      report_blocks(address, "read", now);
+    }
+    const Access& writer = byte.writer;
+    const size_t writer_index = static_cast<size_t>(writer.actor);
+    if (writer.actor >= 0 && writer.actor != now.actor && !(writer.atomic && now.atomic)) {
+      if (writer.epoch > mine.known[writer_index]) {
+        report(kind == Kind::kRead ? "read after write" : "write after write", address, writer, now, "synchronisation between them");
+      }
+    }
+    if (writer.actor >= 0 && shared && kind == Kind::kRead && now.asynchronous && !writer.asynchronous &&
+        writer.epoch > mine.fenced[writer_index]) {
+      report("proxy", address, writer, now, "fence_proxy_async between them");
+    }
+    if (kind == Kind::kWrite) {
+      for (const Access& reader : byte.readers) {
+        if (reader.actor == now.actor || (reader.atomic && now.atomic)) continue;
+        if (reader.epoch > mine.known[static_cast<size_t>(reader.actor)]) {
+          report("write after read", address, reader, now, "synchronisation between them");
+        }
+      }
+      byte.readers.clear();
+      byte.writer = now;
+      continue;
+    }
+    const auto same = std::find_if(byte.readers.begin(), byte.readers.end(), [&](const Access& a) { return a.actor == now.actor; });
+    if (same != byte.readers.end()) {
+      *same = now;
+    } else {
+      byte.readers.push_back(now);
+    }
+  }
+}
+
+class VectorClocks final : public RaceObserver {
+ public:
+  void start_launch(const unsigned char* stacks_low, const unsigned char* stacks_high) override {
+    State& s = state();
+    s.stacks_low = reinterpret_cast<uintptr_t>(stacks_low);
+    s.stacks_high = reinterpret_cast<uintptr_t>(stacks_high);
+    s.global.clear();
+  }
+
+  void start_block() override {
+    State& s = state();
+    const size_t count = block->threads.size() + 1 + block->warps.size();
+    s.actors.resize(count);
+    for (size_t n = 0; n < count; ++n) {
+      s.actors[n].reset(count);
+      s.actors[n].known[n] = 1;
+    }
+    s.keys.clear();
+    s.landing.clear();
+    s.shared.clear();
+  }
+
+  void read(const Thread& by, const void* address, size_t bytes, Proxy proxy, const char* what) override {
+    State& s = state();
+    check({by.index, s.epoch(by.index), what, false, proxy == Proxy::kAsync}, Kind::kRead, s.of(by.index), address, bytes);
+  }
+
+  void write(const Thread& by, const void* address, size_t bytes, const char* what) override {
+    State& s = state();
+    check({by.index, s.epoch(by.index), what, false, false}, Kind::kWrite, s.of(by.index), address, bytes);
+  }
+
+  void atomic(const Thread& by, const void* address, size_t bytes) override {
+    State& s = state();
+    check({by.index, s.epoch(by.index), "atomic", true, false}, Kind::kWrite, s.of(by.index), address, bytes);
+  }
+
+  void start_warp_read(int warp) override {
+    State& s = state();
+    s.reading_warp = warp;
+    const int first = warp * kWarpSize, actor = s.warp_actor(warp);
+    // The data go to every lane, so every lane has to know of the writes.
+    s.reader = s.of(first);
+    for (int lane = 1; lane < kWarpSize; ++lane) {
+      const Knowledge& other = s.of(first + lane);
+      for (size_t n = 0; n < s.reader.known.size(); ++n) {
+        s.reader.known[n] = std::min(s.reader.known[n], other.known[n]);
+        s.reader.fenced[n] = std::min(s.reader.fenced[n], other.fenced[n]);
+      }
+    }
+    const uint32_t epoch = ++s.epoch(actor);
+    for (int lane = 0; lane < kWarpSize; ++lane) s.of(first + lane).known[static_cast<size_t>(actor)] = epoch;
+  }
+
+  void warp_read(const void* address, size_t bytes, Proxy proxy, const char* what) override {
+    State& s = state();
+    const int actor = s.warp_actor(s.reading_warp);
+    check({actor, s.epoch(actor), what, false, proxy == Proxy::kAsync}, Kind::kRead, s.reader, address, bytes);
+  }
+
+  void join(Thread* const* members, size_t count) override {
+    State& s = state();
+    Knowledge all = s.of(members[0]->index);
+    for (size_t n = 1; n < count; ++n) all.learn(s.of(members[n]->index));
+    for (size_t n = 0; n < count; ++n) {
+      s.of(members[n]->index) = all;
+      ++s.epoch(members[n]->index);
+    }
+  }
+
+  void release(const Thread& by, const void* key) override {
+    hand_over(key, state().of(by.index));
+    ++state().epoch(by.index);
+  }
+
+  void acquire(const Thread& by, const void* key) override {
+    State& s = state();
+    const auto found = s.keys.find(key);
+    if (found != s.keys.end()) s.of(by.index).learn(found->second);
+  }
+
+  void proxy_fence(const Thread& by) override {
+    Knowledge& mine = state().of(by.index);
+    mine.fenced = mine.known;
+    ++state().epoch(by.index);  // what it writes from now on is not fenced
+  }
+
+  int64_t async_write(const Thread& by, const void* address, size_t bytes, const char* what) override {
+    State& s = state();
+    const int actor = s.tma();
+    const uint32_t epoch = ++s.epoch(actor);
+    Knowledge knowledge = s.of(by.index);
+    check({actor, epoch, what, false, true}, Kind::kWrite, knowledge, address, bytes);
+    ++s.epoch(by.index);
+    knowledge.known[static_cast<size_t>(actor)] = epoch;
+    s.landing[s.next_ticket] = std::move(knowledge);
+    return s.next_ticket++;
+  }
+
+  void async_landed(int64_t ticket, const void* key) override {
+    State& s = state();
+    hand_over(key, s.landing[ticket]);
+    s.landing.erase(ticket);
+  }
+
+ private:
+  static void hand_over(const void* key, const Knowledge& knowledge) {
+    const auto [place, fresh] = state().keys.try_emplace(key, knowledge);
+    if (!fresh) place->second.learn(knowledge);
+  }
+};
+
+void touched(const void* address, size_t bytes, Kind kind) {
+  if (thread == nullptr) return;  // the host side of a file with kernels
+  if (kind == Kind::kRead) {
+    race_observer->read(*thread, address, bytes, Proxy::kGeneric, "load");
+  } else {
+    race_observer->write(*thread, address, bytes, "store");
+  }
+}
+
+}  // namespace
+}  // namespace fastattn::cuda::emulator
+
+// ---- what the compilers call ----
+
+using fastattn::cuda::emulator::Kind;
+using fastattn::cuda::emulator::touched;
+
+extern "C" {
+
+// Called by a constructor of every object file that was compiled with -fsanitize=thread.
+void __tsan_init() {
+  static fastattn::cuda::emulator::VectorClocks observer;
+  fastattn::cuda::emulator::race_observer = &observer;
+}
+
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+void __tsan_read_range(void* address, unsigned long bytes) { touched(address, bytes, Kind::kRead); }
+void __tsan_write_range(void* address, unsigned long bytes) { touched(address, bytes, Kind::kWrite); }
+
+void* __tsan_memcpy(void* to, const void* from, unsigned long bytes) {
+  touched(from, bytes, Kind::kRead);
+  touched(to, bytes, Kind::kWrite);
+  return std::memcpy(to, from, bytes);
+}
+void* __tsan_memmove(void* to, const void* from, unsigned long bytes) {
+  touched(from, bytes, Kind::kRead);
+  touched(to, bytes, Kind::kWrite);
+  return std::memmove(to, from, bytes);
+}
+void* __tsan_memset(void* to, int value, unsigned long bytes) {
+  touched(to, bytes, Kind::kWrite);
+  return std::memset(to, value, bytes);
+}
+
+#define FASTATTN_ACCESS(bytes)                                                                  \
+  void __tsan_read##bytes(void* address) { touched(address, bytes, Kind::kRead); }              \
+  void __tsan_write##bytes(void* address) { touched(address, bytes, Kind::kWrite); }            \
+  void __tsan_unaligned_read##bytes(void* address) { touched(address, bytes, Kind::kRead); }    \
+  void __tsan_unaligned_write##bytes(void* address) { touched(address, bytes, Kind::kWrite); }
+FASTATTN_ACCESS(1)
+FASTATTN_ACCESS(2)
+FASTATTN_ACCESS(4)
+FASTATTN_ACCESS(8)
+FASTATTN_ACCESS(16)
+#undef FASTATTN_ACCESS
+
+// C++ atomics, of the host code in such a file: done as they are.
+#define FASTATTN_ATOMIC(bits, type)                                                                                       \
+  type __tsan_atomic##bits##_load(const volatile type* a, int) { return __atomic_load_n(a, __ATOMIC_SEQ_CST); }           \
+  void __tsan_atomic##bits##_store(volatile type* a, type v, int) { __atomic_store_n(a, v, __ATOMIC_SEQ_CST); }           \
+  type __tsan_atomic##bits##_exchange(volatile type* a, type v, int) { return __atomic_exchange_n(a, v, __ATOMIC_SEQ_CST); } \
+  type __tsan_atomic##bits##_fetch_add(volatile type* a, type v, int) { return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST); } \
+  type __tsan_atomic##bits##_fetch_sub(volatile type* a, type v, int) { return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST); } \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile type* a, type* expected, type v, int, int) {                 \
+    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
+  }                                                                                                                       \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile type* a, type* expected, type v, int, int) {                   \
+    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
+  }
+FASTATTN_ATOMIC(8, uint8_t)
+FASTATTN_ATOMIC(16, uint16_t)
+FASTATTN_ATOMIC(32, uint32_t)
+FASTATTN_ATOMIC(64, uint64_t)
+#undef FASTATTN_ATOMIC
+
+}  // extern "C"
