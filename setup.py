@@ -3,8 +3,8 @@ pyproject.toml. torch is not needed to build.
 
 Environment: MAX_JOBS limits the compile jobs; CXX and CUDACXX name the compilers.
 FASTATTN_CUDA=auto|on|off: auto builds fastattn._cuda where nvcc and a GPU are found, and goes on without it when that
-fails; on builds it or fails. FASTATTN_CUDA_ARCHS="80 90" lists the compute capabilities to compile for, by default those
-of the GPUs here, 80 and 90 without any.
+fails; on builds it or fails. FASTATTN_CUDA_ARCHS="80 90" lists the compute capabilities to compile for, by default
+those of the GPUs here, 80 and 90 without any.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def wants_cuda() -> bool:
 class BuildNative(build_ext):
     def run(self) -> None:
         missing = missing_for_native()
+        if missing and os.environ.get("FASTATTN_CUDA") == "on":
+            raise RuntimeError(f"FASTATTN_CUDA=on, and there is no {', no '.join(missing)}")
         if missing:
             # The package is whole without it: every operation runs on the reference, and `fastattn info` says so.
             self.warn(f"no {', no '.join(missing)}: fastattn is installed without the native library")

@@ -169,6 +169,7 @@ def _openmp_runtimes() -> list[str]:
 @click.option("--device", default="cpu", show_default=True, help="Where the tensors live.")
 @click.option("--small", is_flag=True, help="Smaller problems, for slow targets.")
 @click.option("--interpret", is_flag=True, help="Triton kernels on the CPU, in Triton's interpreter; implies --small.")
+@click.option("--emulate", is_flag=True, help="CUDA kernels on the CPU, in our emulator; implies --small.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the report there.")
 @click.option("-v", "--verbose", is_flag=True, help="List every case.")
 @click.pass_context
@@ -187,6 +188,7 @@ def verify_command(
     device: str,
     small: bool,
     interpret: bool,
+    emulate: bool,
     json_path: str | None,
     verbose: bool,
 ) -> None:
@@ -228,6 +230,13 @@ def verify_command(
         from fastattn.testing import triton_interpreter
 
         triton_interpreter.install()
+    if emulate:
+        small = True
+        if not dispatch.CUDA_EMULATED:
+            # The library is loaded when fastattn is imported.
+            command = [sys.executable, "-m", "fastattn", *context.find_root().obj]
+            context.exit(subprocess.call(command, env=os.environ | {"FASTATTN_CUDA_LIBRARY": _emulated_library()}))
+        backend = None if target else backend or "cuda"
     try:
         resolved = _resolve(target or backend, signature, device)
         if case is not None and parse_case(case)[0] != "attention" and not resolved.own:
@@ -254,6 +263,16 @@ def verify_command(
     if json_path is not None:
         Path(json_path).write_text(report.to_json() + "\n")
     context.exit(0 if report.ok else 1)
+
+
+def _emulated_library() -> str:
+    """Where `make emulator` leaves the CUDA kernels for the CPU."""
+    if dispatch.CUDA_FAILURE is not None and os.environ.get("FASTATTN_CUDA_LIBRARY"):
+        raise click.UsageError(f"--emulate: {dispatch.CUDA_FAILURE}")
+    path = Path("build", "emulator", "_cuda.so").resolve()
+    if not path.is_file():
+        raise click.UsageError(f"--emulate: no {path}; `make emulator` in the source tree builds it")
+    return str(path)
 
 
 def _resolve(text: str | None, signature: str | None, device: str) -> Target:

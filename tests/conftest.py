@@ -10,12 +10,17 @@ import torch
 
 from fastattn import dispatch
 from fastattn.testing import poisoned_buffers
+from fastattn.testing.adapters import TENSOR_CORE_BACKENDS
 
 # FASTATTN_TEST_BACKENDS=triton runs the same tests on that backend alone.
 BACKENDS = tuple(os.environ.get("FASTATTN_TEST_BACKENDS", "cpu,reference").split(","))
 
-# Kernels in Triton's interpreter need a process of their own: tests/test_triton.py starts it.
-collect_ignore = [] if dispatch.TRITON_INTERPRETED else ["triton_kernels"]
+# Kernels in Triton's interpreter and CUDA kernels in the emulator need processes of their own: tests/test_triton.py and
+# tests/test_cuda.py start them.
+collect_ignore = [
+    *([] if dispatch.TRITON_INTERPRETED else ["triton_kernels"]),
+    *([] if dispatch.CUDA_FAILURE is None else ["cuda_kernels"]),
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,6 +48,9 @@ def backend(request: pytest.FixtureRequest) -> str:
     """Each test that takes it runs once on every backend of this build."""
     if request.param == "cpu" and dispatch.NATIVE_FAILURE is not None:
         pytest.skip(f"the native library is not there: {dispatch.NATIVE_FAILURE}")
+    params = request.node.callspec.params
+    if request.param in TENSOR_CORE_BACKENDS and params.get("dtype") == torch.float64:
+        pytest.skip(f"the {request.param} backend has no float64 kernels")
     return request.param
 
 

@@ -72,7 +72,7 @@ def verify(
         target = resolve_target(target, signature)
     report = Report(target.name, target.signature, seed)
     work = [
-        (family, _in_able_dtype(target, p, device)) for family, p in _work(target, n, seed, dtype, case, loss, small)
+        (family, in_able_dtype(target, p, device)) for family, p in _work(target, n, seed, dtype, case, loss, small)
     ]
     for family, problem in work:
         started = time.perf_counter()
@@ -110,7 +110,7 @@ def _work(
             yield "loss", random_loss_case(seed, index, dtype, small)
 
 
-def _in_able_dtype(target: Target, problem: _Case, device: str) -> _Case:
+def in_able_dtype(target: Target, problem: _Case, device: str = "cpu") -> _Case:
     """The problem in float32 where a backend of ours has no kernels for its dtype."""
     if not target.own or target.name not in dispatch.BACKENDS:
         return problem
