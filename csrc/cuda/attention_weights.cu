@@ -254,28 +254,36 @@ FASTATTN_DEVICE void load_shift(float (&shift)[4], const AttentionParams& p, int
 }
 
 // s = P, from s = Q K^T. The difference is taken before the product with log2(e): large scores keep its digits.
-template <typename T>
+template <typename T, bool BIAS>
 FASTATTN_DEVICE void probabilities(Sums<kGroups>& s, const AttentionParams& p, const TilePair& at, const float (&shift)[4],
                                    const uint64_t* words, int thread) {
   const float scale = static_cast<float>(p.scale);
   const bool selects = has_words(p, at);
-  const int64_t bias = at.b * p.bias.stride[0] + at.h * p.bias.stride[1];
   FASTATTN_UNROLL
   for (int e = 0; e < 4; ++e) {
-    const int row = row_of<T>(thread, e);
-    const uint64_t word = selects ? words[row] : ~uint64_t{0};
-    const int64_t i = at.i0 + row;
+    const int row = row_of<T>(thread, e), column0 = column_of<T>(thread, 0, e);
+    const uint64_t word = (selects ? words[row] : ~uint64_t{0}) >> column0;
+    // Of what does not exist, the bias of the last pair that does: its probability is 0 or it is not stored.
+    const int64_t i = min64(at.i0 + row, p.len_q - 1);
+    const int64_t bias = at.b * p.bias.stride[0] + at.h * p.bias.stride[1] + i * p.bias.stride[2];
     FASTATTN_UNROLL
     for (int n = 0; n < kGroups; ++n) {
-      const int column = column_of<T>(thread, n, e);
-      const int64_t j = at.j0 + column;
       float x = s[0][n][e] * scale;
-      if (p.bias.ptr && i < p.len_q && j < p.len_k)
-        x = fmaf(s[0][n][e], scale, load_scalar(p.bias, bias + i * p.bias.stride[2] + j * p.bias.stride[3]));
+      if constexpr (BIAS) {
+        const int64_t j = min64(at.j0 + column0 + n * 8, p.len_k - 1);
+        x = fmaf(s[0][n][e], scale, load_scalar(p.bias, bias + j * p.bias.stride[3]));
+      }
       x = ptx::ex2((x - shift[e]) * static_cast<float>(kLog2E));
-      s[0][n][e] = word >> column & 1 ? x : 0.0f;
+      s[0][n][e] = word >> (n * 8) & 1 ? x : 0.0f;
     }
   }
+}
+
+template <typename T>
+FASTATTN_DEVICE void probabilities(Sums<kGroups>& s, const AttentionParams& p, const TilePair& at, const float (&shift)[4],
+                                   const uint64_t* words, int thread) {
+  if (p.bias.ptr) probabilities<T, true>(s, p, at, shift, words, thread);
+  else probabilities<T, false>(s, p, at, shift, words, thread);
 }
 
 // s = dS = P dW, from s = P and dW in `gradient`. A pair that does not count may have any dW.
@@ -286,12 +294,11 @@ FASTATTN_DEVICE void score_gradients(Sums<kGroups>& s, const AttentionParams& p,
   FASTATTN_UNROLL
   for (int e = 0; e < 4; ++e) {
     const int row = row_of<T>(thread, e);
-    const uint64_t word = selects ? words[row] : ~uint64_t{0};
+    const uint64_t word = (selects ? words[row] : ~uint64_t{0}) >> column_of<T>(thread, 0, e);
     FASTATTN_UNROLL
     for (int n = 0; n < kGroups; ++n) {
-      const int column = column_of<T>(thread, n, e);
-      const float ds = s[0][n][e] * to_float(gradient[swizzle_element<T, kTile>(row, column)]);
-      s[0][n][e] = word >> column & 1 ? ds : 0.0f;
+      const float ds = s[0][n][e] * to_float(gradient[swizzle_element<T, kTile>(row, column_of<T>(thread, n, e))]);
+      s[0][n][e] = word >> (n * 8) & 1 ? ds : 0.0f;
     }
   }
 }
@@ -305,10 +312,13 @@ FASTATTN_DEVICE void put_scores(T* tile, const Sums<kGroups>& s, int thread) {
       tile[swizzle_element<T, kTile>(row_of<T>(thread, e), column_of<T>(thread, n, e))] = from_float<T>(s[0][n][e]);
 }
 
+// The loops below take the thread's number as opaque: addresses that follow from it are cheap to compute, and too many to
+// wait in registers.
+
 // ---- forward ----
 
 template <typename T, int HEAD_DIM>
-FASTATTN_KERNEL(kThreads)
+FASTATTN_KERNEL(kThreads, 1)
 attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, const FASTATTN_GRID_CONSTANT MaskSummary summary,
                          unsigned tiles_q, unsigned tiles_k, float factor) {
   FASTATTN_SHARED(shared);
@@ -331,7 +341,7 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
     }
     return h;
   };
-  const auto load = [&](int64_t h, int stage) {
+  const auto load = [&](int64_t h, int stage, int thread) {
     T* const q = stages + stage * kStage;
     load_tile<T, HEAD_DIM, kTile, kThreads>(q, query_plane<T>(p, b, h), i0, thread);
     load_tile<T, HEAD_DIM, kTile, kThreads>(q + kTileElements<T, HEAD_DIM>, key_plane<T>(p, b, h), j0, thread);
@@ -341,14 +351,15 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
   clear(weights[0]);
   bool full = false;
   int64_t h = next_head(first, full);
-  if (h < last) load(h, 0);
+  if (h < last) load(h, 0, thread);
   ptx::cp_async_commit();
   for (int stage = 0; h < last;) {
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
     const TilePair at{b, h, i0, j0, full};
     bool next_full = false;
     const int64_t next = next_head(h + 1, next_full);
     if constexpr (kStages<T, HEAD_DIM> == 2) {
-      if (next < last) load(next, stage ^ 1);
+      if (next < last) load(next, stage ^ 1, thread);
       ptx::cp_async_commit();
       ptx::cp_async_wait<1>();
     } else {
@@ -370,7 +381,7 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
     if constexpr (kStages<T, HEAD_DIM> == 2) {
       stage ^= 1;
     } else {
-      if (next < last) load(next, 0);
+      if (next < last) load(next, 0, thread);
       ptx::cp_async_commit();
     }
     h = next, full = next_full;
@@ -408,7 +419,7 @@ struct BackwardTiles {
 };
 
 template <typename T, int HEAD_DIM>
-FASTATTN_KERNEL(kThreads) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a, unsigned tiles_q) {
+FASTATTN_KERNEL(kThreads, 1) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a, unsigned tiles_q) {
   FASTATTN_SHARED(shared);
   const BackwardTiles<T, HEAD_DIM> tiles(shared);
   const AttentionWeightsBackwardParams& p = a.p;
@@ -416,7 +427,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTA
   const unsigned bh = blockIdx.x / tiles_q, heads = static_cast<unsigned>(p.heads_q);
   const int64_t b = bh / heads, h = bh % heads;
   const int i0 = static_cast<int>(blockIdx.x % tiles_q) * kTile;
-  const auto load = [&](const TilePair& at, int stage) {
+  const auto load = [&](const TilePair& at, int stage, int thread) {
     load_tile<T, HEAD_DIM, kTile, kThreads>(tiles.streamed(stage), key_plane<T>(p, b, h), at.j0, thread);
     load_gradient(tiles.gradient(stage), p, at, thread);
   };
@@ -431,7 +442,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTA
   };
   TilePair at;
   bool more = next_pair(at);
-  if (more) load(at, 0);
+  if (more) load(at, 0, thread);
   ptx::cp_async_commit();
 
   float shift[4], grad_lse[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -439,10 +450,11 @@ FASTATTN_KERNEL(kThreads) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTA
   Sums<HEAD_DIM / 8> grad_query;
   clear(grad_query[0]);
   for (int stage = 0; more;) {
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
     TilePair next;
     const bool next_more = next_pair(next);
     if constexpr (kStages<T, HEAD_DIM> == 2) {
-      if (next_more) load(next, stage ^ 1);
+      if (next_more) load(next, stage ^ 1, thread);
       ptx::cp_async_commit();
       ptx::cp_async_wait<1>();
     } else {
@@ -468,7 +480,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTA
     if constexpr (kStages<T, HEAD_DIM> == 2) {
       stage ^= 1;
     } else {
-      if (next_more) load(next, 0);
+      if (next_more) load(next, 0, thread);
       ptx::cp_async_commit();
     }
     at = next, more = next_more;
@@ -489,7 +501,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dq_kernel(const FASTATTN_GRID_CONSTA
 }
 
 template <typename T, int HEAD_DIM>
-FASTATTN_KERNEL(kThreads) attention_weights_dk_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a, unsigned tiles_k) {
+FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a, unsigned tiles_k) {
   FASTATTN_SHARED(shared);
   const BackwardTiles<T, HEAD_DIM> tiles(shared);
   const AttentionWeightsBackwardParams& p = a.p;
@@ -497,7 +509,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dk_kernel(const FASTATTN_GRID_CONSTA
   const unsigned bh = blockIdx.x / tiles_k, heads_kv = static_cast<unsigned>(p.heads_kv);
   const int64_t b = bh / heads_kv, h_kv = bh % heads_kv, group = p.heads_q / p.heads_kv;
   const int j0 = static_cast<int>(blockIdx.x % tiles_k) * kTile;
-  const auto load = [&](const TilePair& at, int stage) {
+  const auto load = [&](const TilePair& at, int stage, int thread) {
     load_tile<T, HEAD_DIM, kTile, kThreads>(tiles.streamed(stage), query_plane<T>(p, b, at.h), at.i0, thread);
     load_gradient(tiles.gradient(stage), p, at, thread);
   };
@@ -516,13 +528,14 @@ FASTATTN_KERNEL(kThreads) attention_weights_dk_kernel(const FASTATTN_GRID_CONSTA
     };
     TilePair at;
     bool more = next_pair(at);
-    if (more) load(at, 0);
+    if (more) load(at, 0, thread);
     ptx::cp_async_commit();
     for (int stage = 0; more;) {
+      const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
       TilePair next;
       const bool next_more = next_pair(next);
       if constexpr (kStages<T, HEAD_DIM> == 2) {
-        if (next_more) load(next, stage ^ 1);
+        if (next_more) load(next, stage ^ 1, thread);
         ptx::cp_async_commit();
         ptx::cp_async_wait<1>();
       } else {
@@ -546,7 +559,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dk_kernel(const FASTATTN_GRID_CONSTA
       if constexpr (kStages<T, HEAD_DIM> == 2) {
         stage ^= 1;
       } else {
-        if (next_more) load(next, 0);
+        if (next_more) load(next, 0, thread);
         ptx::cp_async_commit();
       }
       at = next, more = next_more;
@@ -566,7 +579,7 @@ struct BiasShape {
 };
 
 template <typename T, int HEAD_DIM>
-FASTATTN_KERNEL(kThreads) attention_weights_dbias_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a,
+FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a,
                                                          const FASTATTN_GRID_CONSTANT BiasShape bias) {
   FASTATTN_SHARED(shared);
   const AttentionWeightsBackwardParams& p = a.p;
@@ -582,6 +595,7 @@ FASTATTN_KERNEL(kThreads) attention_weights_dbias_kernel(const FASTATTN_GRID_CON
   for (int64_t n = 0; n < bias.sum_batch * bias.sum_heads; ++n) {
     const int64_t b = bias.own[0] ? b0 : n / bias.sum_heads, h = bias.own[1] ? h0 : n % bias.sum_heads;
     for (int64_t t = 0; t < bias.sum_q * bias.sum_k; ++t) {
+      const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
       const int64_t i0 = (bias.own[2] ? qt : t / bias.sum_k) * kTile, j0 = (bias.own[3] ? kt : t % bias.sum_k) * kTile;
       const TileClass found =
           classify(p.mask, a.summary, b, h, i0, min64(i0 + kTile, p.len_q), j0, min64(j0 + kTile, p.len_k));
