@@ -12,15 +12,15 @@
 // waited for, a barrier with too many arrivals, ...) throws EmulationError out of launch(), which names the kernel, the block
 // and the thread.
 //
-// Not seen: memory-ordering faults between threads that do meet at the right barriers, a missing proxy fence (but see
-// race_check.cpp), bank conflicts, register pressure, a thread that spins on plain memory (it hangs). exp2 is exact to the
-// rounding of the C library where the hardware approximates, and tensor cores add in another order.
+// Not seen without the race check (race_check.cpp): missing synchronisation that every schedule tried survives, a missing proxy
+// fence. Not seen at all: bank conflicts, register pressure, the memory model of several blocks (they run one after another), a
+// thread that spins on plain memory (it hangs). exp2 is as exact as the C library where the hardware approximates, and tensor
+// cores add in another order.
 //
 // How to build:
-//   * kernels: -x c++ -std=c++17 -DFASTATTN_EMULATE -Wno-unknown-pragmas on every csrc/cuda/*.cu, any optimisation level;
-//     emulator.cpp and instructions.cpp of this folder with the same definition, always optimised. Never -ffast-math.
-//   * race check: the kernels and the test with -fsanitize=thread at compile time only; emulator.cpp, instructions.cpp and
-//     race_check.cpp without it; link without it. race_check.cpp defines the __tsan_* functions that the kernels then call.
+//   * every csrc/cuda/*.cu as C++17 with -DFASTATTN_EMULATE -fno-strict-aliasing (kernels read shared memory as several types)
+//     -Wno-unknown-pragmas, and the sources of this folder with the same definition. Never -ffast-math.
+//   * race check: the kernels with -fsanitize=thread at compile time, this folder without it, and no sanitizer at link time.
 //   * address and undefined-behaviour sanitizers: everything with the same flags.
 // Included by platform.h only.
 #pragma once

@@ -44,15 +44,17 @@ struct Access {
   int actor = -1;
   uint32_t epoch = 0;
   const char* what = "";
-  bool atomic = false, asynchronous = false;
+  bool asynchronous = false;
 };
 
 // The accesses to one byte that a later one may race with.
 struct Byte {
-  Access writer;               // the last write
-  std::vector<Access> readers;  // since then, one entry for each actor
-  int64_t block = -1;           // whose accesses these are
-  bool read_elsewhere = false;  // also read by another block, in this launch
+  Access writer;  // the last write
+  // Since then, one entry for each actor.
+  std::vector<Access> readers, atomics;
+  int64_t block = -1;  // whose accesses these are
+  // Also by another block, in this launch.
+  bool read_elsewhere = false, atomic_elsewhere = false;
 };
 
 // Byte states of some memory, in pages made at the first access.
@@ -130,7 +132,38 @@ std::string name_of(int actor) {
   fail("race on global memory %#zx: %s in another block of the grid and %s here", static_cast<size_t>(address), before, now.what);
 }
 
-enum class Kind { kRead, kWrite };
+enum class Kind { kRead, kWrite, kAtomic };
+
+// Only global memory outlives a block, and nothing orders the blocks of a grid.
+void check_other_blocks(Byte& byte, const Access& now, Kind kind, uintptr_t address) {
+  if (byte.block != block->index) {
+    if (byte.writer.actor >= 0) report_blocks(address, byte.writer.what, now);
+    byte.read_elsewhere |= !byte.readers.empty();
+    byte.atomic_elsewhere |= !byte.atomics.empty();
+    byte.readers.clear();
+    byte.atomics.clear();
+    byte.block = block->index;
+  }
+  if (byte.read_elsewhere && kind != Kind::kRead) report_blocks(address, "load", now);
+  if (byte.atomic_elsewhere && kind != Kind::kAtomic) report_blocks(address, "atomic", now);
+}
+
+void check_order(const Access& before, const Access& now, const Knowledge& mine, const char* kind, uintptr_t address) {
+  if (before.actor < 0 || before.actor == now.actor) return;
+  if (before.epoch > mine.known[static_cast<size_t>(before.actor)]) {
+    report(kind, address, before, now, "synchronisation between them");
+  }
+}
+
+void record(std::vector<Access>& accesses, const Access& now) {
+  for (Access& access : accesses) {
+    if (access.actor == now.actor) {
+      access = now;
+      return;
+    }
+  }
+  accesses.push_back(now);
+}
 
 // One access, `now`, by an actor that knows `mine`.
 void check(const Access& now, Kind kind, const Knowledge& mine, const void* pointer, size_t bytes) {
@@ -141,47 +174,27 @@ void check(const Access& now, Kind kind, const Knowledge& mine, const void* poin
   Shadow& shadow = shared ? s.shared : s.global;
   for (uintptr_t address = start; address < start + bytes; ++address) {
     Byte& byte = shadow.at(address);
-    if (byte.block != block->index) {
-      if (byte.block >= 0) {
-        // Only global memory outlives a block.
-        if (byte.writer.actor >= 0 && !(byte.writer.atomic && now.atomic)) report_blocks(address, byte.writer.what, now);
-        const bool read = byte.read_elsewhere || !byte.readers.empty();
-        if (read && kind == Kind::kWrite && !now.atomic) report_blocks(address, "read", now);
-        byte.read_elsewhere = read;
-        byte.readers.clear();
-        if (byte.writer.actor >= 0) byte.writer.epoch = 0;  // atomic, by an actor that is gone: ordered with everything here
-      }
-      byte.block = block->index;
-    } else if (byte.read_elsewhere && kind == Kind::kWrite && !now.atomic) {
-      report_blocks(address, "read", now);
-    }
+    check_other_blocks(byte, now, kind, address);
     const Access& writer = byte.writer;
-    const size_t writer_index = static_cast<size_t>(writer.actor);
-    if (writer.actor >= 0 && writer.actor != now.actor && !(writer.atomic && now.atomic)) {
-      if (writer.epoch > mine.known[writer_index]) {
-        report(kind == Kind::kRead ? "read after write" : "write after write", address, writer, now, "synchronisation between them");
-      }
-    }
-    if (writer.actor >= 0 && shared && kind == Kind::kRead && now.asynchronous && !writer.asynchronous &&
-        writer.epoch > mine.fenced[writer_index]) {
+    check_order(writer, now, mine, kind == Kind::kRead ? "read after write" : "write after write", address);
+    if (kind == Kind::kRead && shared && now.asynchronous && writer.actor >= 0 && !writer.asynchronous &&
+        writer.epoch > mine.fenced[static_cast<size_t>(writer.actor)]) {
       report("proxy", address, writer, now, "fence_proxy_async between them");
     }
-    if (kind == Kind::kWrite) {
-      for (const Access& reader : byte.readers) {
-        if (reader.actor == now.actor || (reader.atomic && now.atomic)) continue;
-        if (reader.epoch > mine.known[static_cast<size_t>(reader.actor)]) {
-          report("write after read", address, reader, now, "synchronisation between them");
-        }
-      }
-      byte.readers.clear();
-      byte.writer = now;
-      continue;
+    if (kind != Kind::kAtomic) {
+      for (const Access& atomic : byte.atomics) check_order(atomic, now, mine, "beside an atomic", address);
     }
-    const auto same = std::find_if(byte.readers.begin(), byte.readers.end(), [&](const Access& a) { return a.actor == now.actor; });
-    if (same != byte.readers.end()) {
-      *same = now;
+    if (kind != Kind::kRead) {
+      for (const Access& reader : byte.readers) check_order(reader, now, mine, "write after read", address);
+    }
+    if (kind == Kind::kRead) {
+      record(byte.readers, now);
+    } else if (kind == Kind::kAtomic) {
+      record(byte.atomics, now);
     } else {
-      byte.readers.push_back(now);
+      byte.readers.clear();
+      byte.atomics.clear();
+      byte.writer = now;
     }
   }
 }
@@ -210,17 +223,17 @@ class VectorClocks final : public RaceObserver {
 
   void read(const Thread& by, const void* address, size_t bytes, Proxy proxy, const char* what) override {
     State& s = state();
-    check({by.index, s.epoch(by.index), what, false, proxy == Proxy::kAsync}, Kind::kRead, s.of(by.index), address, bytes);
+    check({by.index, s.epoch(by.index), what, proxy == Proxy::kAsync}, Kind::kRead, s.of(by.index), address, bytes);
   }
 
   void write(const Thread& by, const void* address, size_t bytes, const char* what) override {
     State& s = state();
-    check({by.index, s.epoch(by.index), what, false, false}, Kind::kWrite, s.of(by.index), address, bytes);
+    check({by.index, s.epoch(by.index), what, false}, Kind::kWrite, s.of(by.index), address, bytes);
   }
 
   void atomic(const Thread& by, const void* address, size_t bytes) override {
     State& s = state();
-    check({by.index, s.epoch(by.index), "atomic", true, false}, Kind::kWrite, s.of(by.index), address, bytes);
+    check({by.index, s.epoch(by.index), "atomic", false}, Kind::kAtomic, s.of(by.index), address, bytes);
   }
 
   void start_warp_read(int warp) override {
@@ -243,7 +256,7 @@ class VectorClocks final : public RaceObserver {
   void warp_read(const void* address, size_t bytes, Proxy proxy, const char* what) override {
     State& s = state();
     const int actor = s.warp_actor(s.reading_warp);
-    check({actor, s.epoch(actor), what, false, proxy == Proxy::kAsync}, Kind::kRead, s.reader, address, bytes);
+    check({actor, s.epoch(actor), what, proxy == Proxy::kAsync}, Kind::kRead, s.reader, address, bytes);
   }
 
   void join(Thread* const* members, size_t count) override {
@@ -278,7 +291,7 @@ class VectorClocks final : public RaceObserver {
     const int actor = s.tma();
     const uint32_t epoch = ++s.epoch(actor);
     Knowledge knowledge = s.of(by.index);
-    check({actor, epoch, what, false, true}, Kind::kWrite, knowledge, address, bytes);
+    check({actor, epoch, what, true}, Kind::kWrite, knowledge, address, bytes);
     ++s.epoch(by.index);
     knowledge.known[static_cast<size_t>(actor)] = epoch;
     s.landing[s.next_ticket] = std::move(knowledge);
