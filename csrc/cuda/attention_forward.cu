@@ -89,15 +89,14 @@ FASTATTN_DEVICE float row_lse(float row_shift, float row_sum) {
 
 // Which rows and which head a block works on.
 struct BlockPosition {
-  int64_t b, h, h_kv;
-  int row0;
+  int b, h, h_kv, row0;
 };
 
 template <int BM>
 FASTATTN_DEVICE BlockPosition block_position(const AttentionForwardParams& p, const Plan& plan) {
   const uint32_t bh = blockIdx.x / plan.row_tiles, tile = blockIdx.x % plan.row_tiles;
   const uint32_t heads = static_cast<uint32_t>(p.heads_q), h = bh % heads;
-  return {bh / heads, h, h / (heads / static_cast<uint32_t>(p.heads_kv)),
+  return {static_cast<int>(bh / heads), static_cast<int>(h), static_cast<int>(h / (heads / static_cast<uint32_t>(p.heads_kv))),
           static_cast<int>((plan.last_rows_first ? plan.row_tiles - 1 - tile : tile) * BM)};
 }
 
@@ -183,50 +182,71 @@ FASTATTN_DEVICE void select_scores(float (&s)[M][N][4], uint64_t word, int lane)
     }
 }
 
-// Two neighbouring elements of the bias; the second one does not exist when it lies beyond the keys.
-FASTATTN_DEVICE float2 load_bias_pair(const TensorRef& bias, int64_t offset, bool together, bool second) {
-  if (together && second) {
-    if (bias.dtype == DType::kFloat32) return *reinterpret_cast<const float2*>(static_cast<const float*>(bias.ptr) + offset);
-    const uint32_t pair = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(bias.ptr) + offset);
-    return bias.dtype == DType::kBFloat16 ? unpack2<bfloat16>(pair) : unpack2<half>(pair);
-  }
-  return make_float2(load_scalar(bias, offset), second ? load_scalar(bias, offset + bias.stride[3]) : 0.0f);
-}
+// How the elements of a bias are read.
+enum class BiasAccess { kFloatPairs, k16BitPairs, kSingle };
 
-// S = scale S + bias for the fragments at (row0, key0).
-template <int M, int N>
-FASTATTN_DEVICE void scale_and_bias(float (&s)[M][N][4], const AttentionForwardParams& p, const Plan& plan, int64_t b, int64_t h,
-                                    int row0, int key0, int lane) {
+// S = scale S + bias for the fragments at (row0, key0). Pairs that do not exist get the bias of a neighbour: they are selected
+// away or not stored.
+template <BiasAccess ACCESS, int M, int N>
+FASTATTN_DEVICE void add_bias(float (&s)[M][N][4], const AttentionForwardParams& p, float scale, int b, int h, int row0, int key0,
+                              int lane) {
+  const int last_row = static_cast<int>(p.len_q) - 1, last_key = static_cast<int>(p.len_k) - 1;
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = row0 + m * 16 + half * 8 + lane / 4;
-      const bool exists = p.bias.ptr && i < p.len_q;
-      const int64_t row = b * p.bias.stride[0] + h * p.bias.stride[1] + i * p.bias.stride[2];
+      const int i = row0 + m * 16 + half * 8 + lane / 4, column = ptx::opaque(key0 + lane % 4 * 2);
+      const int64_t row = b * p.bias.stride[0] + h * p.bias.stride[1] + (i < last_row ? i : last_row) * p.bias.stride[2];
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const int64_t j = key0 + n * 8 + lane % 4 * 2;
-        float2 bias = make_float2(0.0f, 0.0f);
-        if (exists && j < p.len_k)
-          bias = load_bias_pair(p.bias, row + j * p.bias.stride[3], plan.bias_pairs, j + 1 < p.len_k);
-        s[m][n][2 * half] = fmaf(s[m][n][2 * half], plan.scale, bias.x);
-        s[m][n][2 * half + 1] = fmaf(s[m][n][2 * half + 1], plan.scale, bias.y);
+        const int j = column + n * 8, pair = j < last_key ? j : last_key - 1;
+        float2 bias;
+        if constexpr (ACCESS == BiasAccess::kFloatPairs) {
+          bias = *reinterpret_cast<const float2*>(static_cast<const float*>(p.bias.ptr) + row + pair);
+        } else if constexpr (ACCESS == BiasAccess::k16BitPairs) {
+          const uint32_t bits = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(p.bias.ptr) + row + pair);
+          bias = p.bias.dtype == DType::kBFloat16 ? unpack2<bfloat16>(bits) : unpack2<cuda::half>(bits);
+        } else {
+          bias.x = load_scalar(p.bias, row + (j < last_key ? j : last_key) * p.bias.stride[3]);
+          bias.y = load_scalar(p.bias, row + (j + 1 < last_key ? j + 1 : last_key) * p.bias.stride[3]);
+        }
+        s[m][n][2 * half] = fmaf(s[m][n][2 * half], scale, bias.x);
+        s[m][n][2 * half + 1] = fmaf(s[m][n][2 * half + 1], scale, bias.y);
       }
     }
 }
 
-// Probabilities that dropout removes become 0. What it keeps is scaled at the end.
 template <int M, int N>
-FASTATTN_DEVICE void drop(float (&s)[M][N][4], uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int row0, int key0,
+FASTATTN_DEVICE void scale_and_bias(float (&s)[M][N][4], const AttentionForwardParams& p, const Plan& plan, int b, int h, int row0,
+                                    int key0, int lane) {
+  if (!p.bias.ptr) {
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int n = 0; n < N; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[m][n][e] *= plan.scale;
+  } else if (!plan.bias_pairs) {
+    add_bias<BiasAccess::kSingle>(s, p, plan.scale, b, h, row0, key0, lane);
+  } else if (p.bias.dtype == DType::kFloat32) {
+    add_bias<BiasAccess::kFloatPairs>(s, p, plan.scale, b, h, row0, key0, lane);
+  } else {
+    add_bias<BiasAccess::k16BitPairs>(s, p, plan.scale, b, h, row0, key0, lane);
+  }
+}
+
+// Packed probabilities that dropout removes become 0. What it keeps is scaled at the end.
+template <int M, int K>
+FASTATTN_DEVICE void drop(uint32_t (&p)[K][M][4], uint64_t seed, uint64_t threshold, int64_t b, int64_t h, int row0, int key0,
                           int lane) {
 #pragma unroll
   for (int m = 0; m < M; ++m) {
-    const FragmentDropout<N> keeps(seed, threshold, b, h, row0 + m * 16, key0, lane);
+    const FragmentDropout<2 * K> keeps(seed, threshold, b, h, row0 + m * 16, key0, lane);
 #pragma unroll
-    for (int n = 0; n < N; ++n)
+    for (int k = 0; k < K; ++k)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) s[m][n][e] = keeps(n, e / 2, e % 2) ? s[m][n][e] : 0.0f;
+      for (int q = 0; q < 4; ++q)
+        p[k][m][q] &= (keeps(2 * k + q / 2, q % 2, 0) ? 0xffffu : 0u) | (keeps(2 * k + q / 2, q % 2, 1) ? 0xffff0000u : 0u);
   }
 }
 
@@ -240,12 +260,29 @@ struct Shape {
   static constexpr bool kSplit = SPLIT_;
   static constexpr bool kGeneral = GENERAL_;  // bias, dropout or an unusual scale
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
+  static constexpr int kBlocks = kGeneral && HEAD_DIM_ <= 128 ? 3 : 2;  // that share an SM
   static constexpr int kWarpRows = 16 * kM;
   static constexpr int kRows = kSplit ? kWarpRows : kWarpRows * kWarps;
   static constexpr int kWarpKeys = kSplit ? kKeys / kWarps : kKeys;
   static constexpr int kMergeBytes = kSplit ? kWarps * kRows * (kHeadDim + 2) * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kTileBytes = (kRows + 2 * kKeys) * kHeadDim * static_cast<int>(sizeof(T));
   static constexpr int kSharedBytes = kMergeBytes > kTileBytes ? kMergeBytes : kTileBytes;
+};
+
+// Where a warp stands.
+template <typename S>
+struct WarpPosition {
+  int lane;
+  int row, key;  // its first row of the block's, and its first key of a tile's
+  int row0;      // its first query
+
+  FASTATTN_DEVICE_MEMBER explicit WarpPosition(int block_row0) {
+    const int thread = ptx::opaque(threadIdx.x), warp = thread / 32;
+    lane = thread % 32;
+    row = S::kSplit ? 0 : warp * S::kWarpRows;
+    key = S::kSplit ? warp * S::kWarpKeys : 0;
+    row0 = block_row0 + row;
+  }
 };
 
 // The warps' shares of the same rows, added up in the order of the warps. Every copy has landed and every warp is done with
@@ -295,7 +332,7 @@ FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsig
 }
 
 template <typename S>
-FASTATTN_KERNEL(S::kThreads, 2)
+FASTATTN_KERNEL(S::kThreads, S::kBlocks)
 attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, const FASTATTN_GRID_CONSTANT Plan plan) {
   using T = typename S::T;
   constexpr int D = S::kHeadDim, M = S::kM, N = S::kWarpKeys / 8;
@@ -304,104 +341,105 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   T* const k_tile = q_tile + S::kRows * D;         // [64][D]
   T* const v_tile = k_tile + kKeys * D;            // [64][D]
 
-  const int thread = threadIdx.x, warp = thread / 32;
   const BlockPosition at = block_position<S::kRows>(p, plan);
-  const int warp_row = S::kSplit ? 0 : warp * S::kWarpRows;  // of the block's rows
-  const int warp_key = S::kSplit ? warp * S::kWarpKeys : 0;  // of the tile's keys
-  const int row0 = at.row0 + warp_row;
-  const bool has_rows = row0 < p.len_q;
-  const Plane<T> key = plane_of<T>(p.key, at.b, at.h_kv, p.len_k, p.dim_qk);
-  const Plane<T> value = plane_of<T>(p.value, at.b, at.h_kv, p.len_k, p.dim_v);
   uint64_t seed = 0;
   if constexpr (S::kGeneral)
     if (plan.has_dropout) seed = dropout_seed(p.dropout);
+  // What is cheap to work out again does not wait in registers while O and S need them: hence `opaque`, here and below.
+  const auto load_keys = [&](int tile) {
+    load_tile<T, D, kKeys, S::kThreads>(k_tile, plane_of<T>(p.key, ptx::opaque(at.b), at.h_kv, p.len_k, p.dim_qk), tile * kKeys,
+                                        ptx::opaque(threadIdx.x));
+    ptx::cp_async_commit();
+  };
+  const auto load_values = [&](int tile) {
+    load_tile<T, D, kKeys, S::kThreads>(v_tile, plane_of<T>(p.value, ptx::opaque(at.b), at.h_kv, p.len_k, p.dim_v), tile * kKeys,
+                                        ptx::opaque(threadIdx.x));
+    ptx::cp_async_commit();
+  };
 
   KeyTiles<S::kRows, kKeys> tiles(p.mask, plan.summary, at.b, at.h, at.row0, p.len_q, p.len_k);
-  int tile;
-  bool full;
-  bool more = tiles.next(tile, full);
+  int tile = 0;
+  bool full = false, more = tiles.next(tile, full);
   if (more) {
-    load_tile<T, D, S::kRows, S::kThreads>(q_tile, plane_of<T>(p.query, at.b, at.h, p.len_q, p.dim_qk), at.row0, thread);
-    load_tile<T, D, kKeys, S::kThreads>(k_tile, key, tile * kKeys, thread);
-    ptx::cp_async_commit();
+    load_tile<T, D, S::kRows, S::kThreads>(q_tile, plane_of<T>(p.query, at.b, at.h, p.len_q, p.dim_qk), at.row0, threadIdx.x);
+    load_keys(tile);
   }
 
   Accumulator<M, D> acc;
   acc.clear();
   while (more) {
-    const int lane = ptx::opaque(thread % 32);  // the addresses of the fragments are cheap, and too many to keep
+    const WarpPosition<S> warp(at.row0);
     const int j0 = tile * kKeys;
     const bool partial = !full;
-    uint64_t word = ~uint64_t{0}, any = ~uint64_t{0};  // of this lane's row, and of all rows of the warp
+    bool active = warp.row0 < p.len_q, holes = false;  // holes: keys that no row of the warp may attend to
+    uint64_t word = 0;                                 // of this lane's row
     if (partial) {
-      word = row_word(p.mask, plan.summary, at.b, at.h, row0 + lane % S::kWarpRows, j0, p.len_k) >> warp_key;
+      word = row_word(p.mask, plan.summary, ptx::opaque(at.b), ptx::opaque(at.h), warp.row0 + warp.lane % S::kWarpRows, j0,
+                      p.len_k) >> warp.key;
       if constexpr (S::kSplit) word &= (uint64_t{1} << (S::kWarpKeys % 64)) - 1;
-      any = warp_or(word);
+      const uint64_t any = warp_or(word);
+      active = any != 0;
+      // Keys that do not exist are zeros already.
+      holes = any != (S::kSplit ? ~uint64_t{0} >> (64 - S::kWarpKeys) : bits_before(p.len_k, j0));
     }
-    const bool active = has_rows && any != 0;
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // K has arrived, and nobody reads V any more
-    load_tile<T, D, kKeys, S::kThreads>(v_tile, value, j0, thread);
-    ptx::cp_async_commit();
+    load_values(tile);
 
     uint32_t probabilities[N / 2][M][4];
     if (active) {
       float s[M][N][4];
 #pragma unroll
       for (int m = 0; m < M; ++m) clear(s[m]);
-      multiply_transposed<T, D>(s, q_tile, warp_row, k_tile, warp_key, lane);
-      if constexpr (S::kGeneral) scale_and_bias(s, p, plan, at.b, at.h, row0, j0 + warp_key, lane);
-      if (partial) select_scores(s, word, lane);
+      multiply_transposed<T, D>(s, q_tile, warp.row, k_tile, warp.key, warp.lane);
+      if constexpr (S::kGeneral) scale_and_bias(s, p, plan, at.b, at.h, warp.row0, j0 + warp.key, warp.lane);
+      if (partial) select_scores(s, word, warp.lane);
       softmax(s, acc, plan.to_log2);
-      if constexpr (S::kGeneral)
-        if (plan.has_dropout) drop(s, seed, plan.threshold, at.b, at.h, row0, j0 + warp_key, lane);
 #pragma unroll
       for (int n = 0; n < N; n += 2)
 #pragma unroll
         for (int m = 0; m < M; ++m) pack_a<T>(probabilities[n / 2][m], s[m][n], s[m][n + 1]);
+      if constexpr (S::kGeneral)
+        if (plan.has_dropout) drop(probabilities, seed, plan.threshold, at.b, at.h, warp.row0, j0 + warp.key, warp.lane);
     }
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // V has arrived, and nobody reads K any more
     more = tiles.next(tile, full);
-    if (more) {
-      load_tile<T, D, kKeys, S::kThreads>(k_tile, key, tile * kKeys, thread);
-      ptx::cp_async_commit();
-    }
+    if (more) load_keys(tile);
 
     if (active) {
-      // Keys that do not exist are zeros already.
-      if (partial && any != bits_before(p.len_k, j0) >> warp_key)
-        multiply_packed<T, D, true>(acc.out, probabilities, v_tile, warp_key, lane, any);
+      if (holes)
+        multiply_packed<T, D, true>(acc.out, probabilities, v_tile, warp.key, warp.lane, warp_or(word));
       else
-        multiply_packed<T, D>(acc.out, probabilities, v_tile, warp_key, lane);
+        multiply_packed<T, D>(acc.out, probabilities, v_tile, warp.key, warp.lane);
     }
   }
 
-  const int lane = thread % 32;
+  const WarpPosition<S> warp(at.row0);
   const Plane<T> out = plane_of<T>(p.out, at.b, at.h, p.len_q, p.dim_v);
   float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
   if constexpr (S::kSplit) {
     __syncthreads();
     merge_and_store<S>(acc, shared, out, lse, at.row0, plan.kept_scale);
-  } else if (has_rows) {
+  } else if (warp.row0 < p.len_q) {
     // Through the rows of Q that this warp alone has read.
+    __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       float normalizer[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float sum = quad_sum(acc.sum[m][half]);
-        const int i = row0 + m * 16 + half * 8 + lane / 4;
+        const int i = warp.row0 + m * 16 + half * 8 + warp.lane / 4;
         normalizer[half] = softmax_normalizer(sum) * plan.kept_scale;
-        if (lane % 4 == 0 && i < p.len_q) lse[i] = row_lse(acc.shift[m][half], sum);
+        if (warp.lane % 4 == 0 && i < p.len_q) lse[i] = row_lse(acc.shift[m][half], sum);
       }
-      __syncwarp();
-      put_fragments<T, D>(q_tile, warp_row + m * 16, acc.out[m], normalizer, lane);
+      put_fragments<T, D>(q_tile, warp.row + m * 16, acc.out[m], normalizer, warp.lane);
     }
     __syncwarp();
-    store_tile<T, D, S::kWarpRows, 32>(out, q_tile + warp_row * D, row0, lane);
+    store_tile<T, D, S::kWarpRows, 32>(out, q_tile + warp.row * D, warp.row0, warp.lane);
   }
 }
 
@@ -447,8 +485,8 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
   };
 
   KeyTiles<kFloatRows, kKeys> tiles(p.mask, plan.summary, at.b, at.h, at.row0, p.len_q, p.len_k);
-  int tile;
-  bool full;
+  int tile = 0;
+  bool full = false;
   bool more = tiles.next(tile, full);
   if (more) {
     load_tile<float, HEAD_DIM, kFloatRows, kFloatThreads>(q_tile, plane_of<float>(p.query, at.b, at.h, p.len_q, p.dim_qk),
@@ -616,7 +654,7 @@ Plan make_plan(const AttentionForwardParams& p, int rows) {
   const auto even = [](int64_t n) { return n % 2 == 0; };
   const uintptr_t pair = p.bias.dtype == DType::kFloat32 ? 8 : 4;
   plan.bias_pairs = p.bias && p.bias.stride[3] == 1 && even(p.bias.stride[0]) && even(p.bias.stride[1]) &&
-                    even(p.bias.stride[2]) && reinterpret_cast<uintptr_t>(p.bias.ptr) % pair == 0;
+                    even(p.bias.stride[2]) && even(p.len_k) && reinterpret_cast<uintptr_t>(p.bias.ptr) % pair == 0;
   plan.last_rows_first = p.mask.band_high < kUnlimited;
   plan.row_tiles = static_cast<uint32_t>(ceil_div(p.len_q, rows));
   return plan;
@@ -643,7 +681,7 @@ void run_16_bit(const AttentionForwardParams& p) {
   const bool fold = !p.bias && p.scale * kLog2E >= std::numeric_limits<float>::min();
   if (p.len_q <= 16) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
   else if (fold && p.dropout.p == 0.0) run<Shape<T, HEAD_DIM, M, false, false>>(p, true);
-  else run<Shape<T, HEAD_DIM, M, false, true>>(p, false);
+  else run<Shape<T, HEAD_DIM, 1, false, true>>(p, false);
 }
 
 template <typename T>

@@ -15,6 +15,7 @@
 
 #include "../core/mask.h"
 #include "platform.h"
+#include "ptx.h"
 
 namespace fastattn::cuda {
 
@@ -270,7 +271,8 @@ class KeyTiles {
  public:
   FASTATTN_DEVICE_MEMBER KeyTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t i0, int64_t len_q,
                            int64_t len_k)
-      : mask_(mask), summary_(summary), b_(b), h_(h), i0_(i0), i1_(min64(i0 + BM, len_q)), len_k_(len_k) {
+      : mask_(mask), summary_(summary), b_(static_cast<int>(b)), h_(static_cast<int>(h)), i0_(static_cast<int>(i0)),
+        i1_(static_cast<int>(min64(i0 + BM, len_q))), len_k_(len_k) {
     const KeyInterval keys = key_range(mask, b, i0_, i1_, len_k);
     first_ = static_cast<int>(keys.first / BN);
     last_ = keys.first < keys.last ? static_cast<int>(ceil_div(keys.last, BN)) : first_;
@@ -281,14 +283,17 @@ class KeyTiles {
     return mask_detail::next_tile(live_, full_, first_, last_, tile, full, [&](int candidate, bool& whole) {
       const int64_t j0 = static_cast<int64_t>(candidate) * BN;
       whole = j0 + BN <= len_k_;
-      return classify(mask_, summary_, b_, h_, i0_, i1_, j0, min64(j0 + BN, len_k_));
+      // opaque: what follows from these for every tile would wait in the registers of the caller's loop
+      return classify(mask_, summary_, ptx::opaque(b_), ptx::opaque(h_), ptx::opaque(i0_), ptx::opaque(i1_), j0,
+                      min64(j0 + BN, len_k_));
     });
   }
 
  private:
   const MaskParams& mask_;
   const MaskSummary& summary_;
-  const int64_t b_, h_, i0_, i1_, len_k_;
+  const int b_, h_, i0_, i1_;  // int: they wait in registers for the next 32 tiles
+  const int64_t len_k_;
   int first_, last_;
   uint32_t live_ = 0, full_ = 0;
 };
