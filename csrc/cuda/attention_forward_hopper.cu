@@ -57,6 +57,11 @@ struct Shape {
   static constexpr bool kTurns = kHeadDim <= 128;
 };
 
+struct Item {
+  int b, h, h_kv;
+  int64_t i0;
+};
+
 // Boxes of kAtom columns, one after the other: [kHeadDim / kAtom][rows][kAtom], rows of 128 bytes swizzled by TMA.
 template <typename T, int kHeadDim>
 struct alignas(1024) Shared {
@@ -65,13 +70,13 @@ struct alignas(1024) Shared {
   T key[S::kStages][S::kBlockN * kHeadDim];
   T value[S::kStages][S::kBlockN * kHeadDim];
   uint64_t words[S::kStages][S::kBlockM][S::kColumns];  // of a partial tile
-  uint64_t any[S::kColumns];                            // OR of the words; each is its mask warp's own
   uint64_t query_full, query_empty;
   uint64_t key_full[S::kStages], key_empty[S::kStages];
   uint64_t value_full[S::kStages], value_empty[S::kStages];
   uint64_t words_ready[S::kStages], value_ready[S::kStages];
   // Written by the load warp before it arms query_full / key_full, free with query_empty / key_empty.
   int32_t item;       // -1: no more
+  Item place;         // of the item
   int32_t item_live;  // it has a live key tile
   int32_t tile[S::kStages];  // key tile * 4 + kLast + kFull
 };
@@ -91,11 +96,6 @@ struct Arguments {
   int32_t items, tiles_m, heads, section_heads;  // heads: of all batches
   float scale, scale_log2;
   bool vector_store;
-};
-
-struct Item {
-  int b, h, h_kv;
-  int64_t i0;
 };
 
 template <int kBlockM>
@@ -143,57 +143,60 @@ template <typename T, int kHeadDim>
 FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments& a, const TensorMap& query_map,
                                    const TensorMap& key_map, const TensorMap& value_map) {
   using S = Shape<kHeadDim>;
-  const int lane = threadIdx.x % 32;
-  Ring<S::kStages> keys, values;
-  uint32_t query_parity = 0;
-  for (;;) {
+  const bool leader = threadIdx.x % 32 == 0;
+  Ring<S::kStages> ring;
+  for (uint32_t query_parity = 1;; query_parity ^= 1) {
     int n = 0;
-    if (lane == 0) n = atomicAdd(a.counter, 1);
+    if (leader) n = atomicAdd(a.counter, 1);
     n = __shfl_sync(~0u, n, 0);
-    const bool done = n >= a.items;
-    const Item item = item_at<S::kBlockM>(a, done ? 0 : n);
-    KeyTiles<S::kBlockM, S::kBlockN> cursor(a.mask, a.summary, item.b, item.h, item.i0, a.len_q, a.len_k);
-    int tile = 0;
-    bool full = false;
-    bool more = !done && cursor.next(tile, full);
-
-    ptx::mbarrier_wait(&shared.query_empty, query_parity ^ 1);
-    query_parity ^= 1;
-    if (lane == 0) {
-      shared.item = done ? -1 : n;
-      shared.item_live = more;
-      if (more) load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h, item.b);
-      else ptx::mbarrier_arrive(&shared.query_full);
+    if (n >= a.items) {
+      ptx::mbarrier_wait(&shared.query_empty, query_parity);
+      if (leader) {
+        shared.item = -1;
+        ptx::mbarrier_arrive(&shared.query_full);
+      }
+      return;
     }
-    if (done) return;
-
-    int value_tile = -1;  // the tile whose K is loaded and whose V is not
-    while (more || value_tile >= 0) {
-      int next_tile = 0;
-      bool next_full = false;
-      if (more) {
-        const bool next = cursor.next(next_tile, next_full);
-        ptx::mbarrier_wait(&shared.key_empty[keys.stage()], keys.parity() ^ 1);
-        if (lane == 0) {
-          shared.tile[keys.stage()] = tile * 4 + (next ? 0 : kLast) + (full ? kFull : 0);
-          load<T, kHeadDim, S::kBlockN>(shared.key[keys.stage()], &shared.key_full[keys.stage()], key_map, tile * S::kBlockN,
-                                        item.h_kv, item.b);
+    const Item item = item_at<S::kBlockM>(a, n);
+    KeyTiles<S::kBlockM, S::kBlockN> cursor(a.mask, a.summary, item.b, item.h, item.i0, a.len_q, a.len_k);
+    const auto next = [&] {
+      int tile;
+      bool full;
+      return cursor.next(tile, full) ? tile * 4 + (full ? kFull : 0) : -1;
+    };
+    int tile = next();
+    ptx::mbarrier_wait(&shared.query_empty, query_parity);
+    if (leader) {
+      shared.item = n;
+      shared.item_live = tile >= 0;
+      shared.place = item;
+      if (tile >= 0)
+        load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h, item.b);
+      else
+        ptx::mbarrier_arrive(&shared.query_full);
+    }
+    // K of a tile, then V of the tile before: the order in which the consumers want them.
+    for (int before = -1; tile >= 0 || before >= 0;) {
+      int after = -1;
+      if (tile >= 0) {
+        after = next();
+        ptx::mbarrier_wait(&shared.key_empty[ring.stage()], ring.parity() ^ 1);
+        if (leader) {
+          shared.tile[ring.stage()] = tile + (after < 0 ? kLast : 0);
+          load<T, kHeadDim, S::kBlockN>(shared.key[ring.stage()], &shared.key_full[ring.stage()], key_map,
+                                        (tile >> 2) * S::kBlockN, shared.place.h_kv, shared.place.b);
         }
-        ++keys.number;
-        more = next;
-      } else {
-        tile = -1;
+        ++ring.number;
       }
-      if (value_tile >= 0) {
-        ptx::mbarrier_wait(&shared.value_empty[values.stage()], values.parity() ^ 1);
-        if (lane == 0)
-          load<T, kHeadDim, S::kBlockN>(shared.value[values.stage()], &shared.value_full[values.stage()], value_map,
-                                        value_tile * S::kBlockN, item.h_kv, item.b);
-        ++values.number;
+      if (before >= 0) {
+        const Ring<S::kStages> at{ring.number - (tile >= 0 ? 2 : 1)};
+        ptx::mbarrier_wait(&shared.value_empty[at.stage()], at.parity() ^ 1);
+        if (leader)
+          load<T, kHeadDim, S::kBlockN>(shared.value[at.stage()], &shared.value_full[at.stage()], value_map,
+                                        (before >> 2) * S::kBlockN, shared.place.h_kv, shared.place.b);
       }
-      value_tile = tile;
-      tile = next_tile;
-      full = next_full;
+      before = tile;
+      tile = after;
     }
   }
 }
@@ -205,6 +208,7 @@ FASTATTN_DEVICE void zero_rows(T* value, uint64_t dead) {
   constexpr int kChunks = kAtom * sizeof(T) / sizeof(uint4);  // of a row; the swizzle permutes them within it
   constexpr int kRows = 32 / kChunks;                         // rows that a warp writes at once
   const int row = threadIdx.x % 32 / kChunks, chunk = threadIdx.x % kChunks;
+#pragma unroll 1
   for (int first = 0; first < kWordKeys; first += kRows) {
     if ((dead >> (first + row) & 1) == 0) continue;
     for (int d = 0; d < kHeadDim; d += kAtom) {
@@ -214,29 +218,39 @@ FASTATTN_DEVICE void zero_rows(T* value, uint64_t dead) {
   }
 }
 
+// The words of 64 keys of the stage's tile, for every row; by one warp. Returns the keys that exist and that no row attends
+// to. In the load warpgroup registers are few: what a row needs is read again for each.
+template <typename T, int kHeadDim>
+FASTATTN_DEVICE uint64_t fill_words(Shared<T, kHeadDim>& shared, const Arguments& a, int stage, int column) {
+  using S = Shape<kHeadDim>;
+  const auto first_key = [&] { return static_cast<int64_t>(shared.tile[stage] >> 2) * S::kBlockN + column * kWordKeys; };
+  uint32_t low = 0, high = 0;
+#pragma unroll 1
+  for (int r = threadIdx.x % 32; r < S::kBlockM; r += 32) {
+    __syncwarp();
+    const Item& item = shared.place;
+    const uint64_t word = row_word(a.mask, a.summary, item.b, item.h, item.i0 + r, first_key(), a.len_k);
+    shared.words[stage][r][column] = word;
+    low |= static_cast<uint32_t>(word);
+    high |= static_cast<uint32_t>(word >> 32);
+  }
+  low = __reduce_or_sync(~0u, low);
+  high = __reduce_or_sync(~0u, high);
+  return ~(low | uint64_t{high} << 32) & bits_before(a.len_k, first_key());
+}
+
 template <typename T, int kHeadDim>
 FASTATTN_DEVICE void run_mask_warp(Shared<T, kHeadDim>& shared, const Arguments& a, int column) {
   using S = Shape<kHeadDim>;
-  const int lane = threadIdx.x % 32;
   Ring<S::kStages> ring;
   for (uint32_t query_parity = 0;; query_parity ^= 1) {
     ptx::mbarrier_wait(&shared.query_full, query_parity);
-    const int n = shared.item;
-    if (n < 0) return;
-    const Item item = item_at<S::kBlockM>(a, n);
+    if (shared.item < 0) return;
     for (bool more = shared.item_live; more;) {
       const int stage = ring.stage();
       ptx::mbarrier_wait(&shared.key_full[stage], ring.parity());
-      const int tile = shared.tile[stage];
       uint64_t dead = 0;
-      if (!(tile & kFull)) {
-        const int64_t j0 = static_cast<int64_t>(tile >> 2) * S::kBlockN;
-        stage_mask_words<S::kBlockM, S::kBlockN, 32 * S::kColumns>(&shared.words[stage][0][0], shared.any, a.mask, a.summary, item.b,
-                                                                   item.h, item.i0, j0, a.len_k, column * 32 + lane);
-        __syncwarp();
-        // Keys beyond the end are zeros already.
-        dead = ~shared.any[column] & bits_before(a.len_k, j0 + column * kWordKeys);
-      }
+      if (!(shared.tile[stage] & kFull)) dead = fill_words(shared, a, stage, column);
       warp_arrive(&shared.words_ready[stage]);
       // Also for a full tile: value_ready must not pass by a consumer that still waits for it in the stage's tile before.
       ptx::mbarrier_wait(&shared.value_full[stage], ring.parity());
@@ -245,9 +259,9 @@ FASTATTN_DEVICE void run_mask_warp(Shared<T, kHeadDim>& shared, const Arguments&
         ptx::fence_proxy_async();  // wgmma reads what was written here
       }
       warp_arrive(&shared.value_ready[stage]);
+      more = !(shared.tile[stage] & kLast);
       warp_arrive(&shared.key_empty[stage]);  // last, so that the mask warps are never a round of the ring behind
       ++ring.number;
-      more = !(tile & kLast);
     }
     warp_arrive(&shared.query_empty);
   }
@@ -445,7 +459,7 @@ FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& 
     for (int r = 0; r < 2; ++r) {
       l[r] += __shfl_xor_sync(~0u, l[r], 1);
       l[r] += __shfl_xor_sync(~0u, l[r], 2);
-      const int64_t i = item.i0 + row + 8 * r;
+      const int64_t i = int64_t{item.i0} + row + 8 * r;
       const bool exists = i < a.len_q;
       T* const to = static_cast<T*>(a.out) + item.b * a.stride_ob + item.h * a.stride_oh + i * a.stride_om;
       store_row<T, kHeadDim>(to, exists, o, r, softmax_normalizer(l[r]), a.dim_v, a.vector_store);
