@@ -31,6 +31,12 @@ struct PendingWgmma {
   int64_t group;
 };
 
+// What has to be equal in all threads that issue a wgmma together.
+struct WgmmaRecord {
+  WgmmaShape shape;
+  uint64_t descriptor_a, descriptor_b;
+};
+
 // An accumulator that wgmmas in flight add to. The registers hold NaN meanwhile.
 struct Accumulator {
   float* d;
@@ -110,7 +116,7 @@ class Block {
   size_t shared_bytes = 0;
   std::vector<BulkTransfer> loads;  // TMA loads in flight
   std::vector<const uint64_t*> mbarriers;
-  std::vector<std::vector<std::string>> wgmma_log;  // per warpgroup: what its n-th wgmma was
+  std::vector<std::vector<WgmmaRecord>> wgmma_log;  // per warpgroup: what its n-th wgmma was
   int64_t index = 0;                // in the grid
 
   // For the running thread.

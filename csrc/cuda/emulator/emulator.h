@@ -235,7 +235,9 @@ inline float __int_as_float(int x) { return emulator::float_from_bits(static_cas
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+// The product is exact in double. The C library's fmaf is a function call where the compiler may not assume an FMA unit.
+inline float fmaf(float x, float y, float z) { return static_cast<float>(static_cast<double>(x) * y + z); }
+inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 

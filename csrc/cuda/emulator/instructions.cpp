@@ -439,20 +439,21 @@ namespace {
 
 constexpr int kWgmmaDepth = 16, kMaxWgmmaColumns = 256;
 
-std::vector<std::string>& log_of_warpgroup() {
-  return block->wgmma_log[static_cast<size_t>(thread->index / kWarpgroupSize)];
+bool same(const WgmmaRecord& a, const WgmmaRecord& b) {
+  const WgmmaShape &s = a.shape, &t = b.shape;
+  return s.is_bfloat16 == t.is_bfloat16 && s.n == t.n && s.a_in_registers == t.a_in_registers &&
+         s.transposed_a == t.transposed_a && s.transposed_b == t.transposed_b && s.accumulate == t.accumulate &&
+         a.descriptor_a == b.descriptor_a && a.descriptor_b == b.descriptor_b;
 }
 
-// What has to be equal in all threads of the warpgroup.
-std::string describe(const WgmmaShape& shape, uint64_t descriptor_a, uint64_t descriptor_b) {
-  char text[160];
+// Into `text`, not a string: the caller is about to fail.
+void describe(const WgmmaRecord& record, char (&text)[160]) {
+  const WgmmaShape& shape = record.shape;
   std::snprintf(text, sizeof text, "m64n%dk16 %s, A %s%s, B%s, %s, descriptors %llx %llx", shape.n,
                 shape.is_bfloat16 ? "bfloat16" : "float16", shape.a_in_registers ? "in registers" : "in shared memory",
                 shape.transposed_a ? " transposed" : "", shape.transposed_b ? " transposed" : "",
-                shape.accumulate ? "accumulating" : "from zero",
-                static_cast<unsigned long long>(shape.a_in_registers ? 0 : descriptor_a),
-                static_cast<unsigned long long>(descriptor_b));
-  return text;
+                shape.accumulate ? "accumulating" : "from zero", static_cast<unsigned long long>(record.descriptor_a),
+                static_cast<unsigned long long>(record.descriptor_b));
 }
 
 // Element (r, k) of an operand in shared memory, r the row of A or the column of B, under the 128-byte swizzle:
@@ -585,15 +586,16 @@ void wgmma(const WgmmaShape& shape, float* d, const uint32_t* a, uint64_t descri
   WgmmaState& state = thread->wgmma;
   if (!state.fenced) fail("wgmma: no wgmma.fence since the registers could have changed");
   // The n-th wgmma of every thread of the warpgroup has to be the same one.
-  std::vector<std::string>& log = log_of_warpgroup();
-  {
-    const std::string mine = describe(shape, descriptor_a, descriptor_b);
-    if (static_cast<size_t>(state.issued) == log.size()) log.push_back(mine);
+  std::vector<WgmmaRecord>& log = block->wgmma_log[static_cast<size_t>(thread->index / kWarpgroupSize)];
+  const WgmmaRecord mine = {shape, descriptor_a, descriptor_b};
+  if (static_cast<size_t>(state.issued) == log.size()) log.push_back(mine);
+  const WgmmaRecord& theirs = log[static_cast<size_t>(state.issued)];
+  if (!same(mine, theirs)) {
+    char here[160], elsewhere[160];
+    describe(mine, here);
+    describe(theirs, elsewhere);
+    fail("wgmma: the threads of the warpgroup differ: here %s, elsewhere %s", here, elsewhere);
   }
-  const char* const theirs = log[static_cast<size_t>(state.issued)].c_str();
-  char mine[160];
-  std::snprintf(mine, sizeof mine, "%s", describe(shape, descriptor_a, descriptor_b).c_str());
-  if (std::strcmp(mine, theirs) != 0) fail("wgmma: the threads of the warpgroup differ: here %s, elsewhere %s", mine, theirs);
   ++state.issued;
   PendingWgmma pending = {shape, {0, 0, 0, 0}, descriptor_a, descriptor_b, d, state.group};
   if (a) std::copy(a, a + 4, pending.a);
