@@ -159,27 +159,29 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
     }
     const Item item = item_at<S::kBlockM>(a, n);
     KeyTiles<S::kBlockM, S::kBlockN> cursor(a.mask, a.summary, item.b, item.h, item.i0, a.len_q, a.len_k);
-    const auto next = [&] {
-      int tile;
-      bool full;
-      return cursor.next(tile, full) ? tile * 4 + (full ? kFull : 0) : -1;
-    };
-    int tile = next();
-    ptx::mbarrier_wait(&shared.query_empty, query_parity);
-    if (leader) {
-      shared.item = n;
-      shared.item_live = tile >= 0;
-      shared.place = item;
-      if (tile >= 0)
-        load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h, item.b);
-      else
-        ptx::mbarrier_arrive(&shared.query_full);
-    }
-    // K of a tile, then V of the tile before: the order in which the consumers want them.
-    for (int before = -1; tile >= 0 || before >= 0;) {
-      int after = -1;
+    // One call of the cursor for all steps of the loop: it is most of the code. A tile is its number * 4 + flags, or -1.
+    int tile = -1, before = -1;
+    bool begun = false;
+    do {
+      int after = 0;
+      bool full = false;
+      after = cursor.next(after, full) ? after * 4 + (full ? kFull : 0) : -1;
+      if (!begun) {
+        begun = true;
+        ptx::mbarrier_wait(&shared.query_empty, query_parity);
+        if (leader) {
+          shared.item = n;
+          shared.item_live = after >= 0;
+          shared.place = item;
+          if (after >= 0)
+            load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h, item.b);
+          else
+            ptx::mbarrier_arrive(&shared.query_full);
+        }
+      }
+      // K of a tile, then V of the tile before: the order in which the consumers want them.
+      uint32_t value_number = ring.number - 1;
       if (tile >= 0) {
-        after = next();
         ptx::mbarrier_wait(&shared.key_empty[ring.stage()], ring.parity() ^ 1);
         if (leader) {
           shared.tile[ring.stage()] = tile + (after < 0 ? kLast : 0);
@@ -189,7 +191,7 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
         ++ring.number;
       }
       if (before >= 0) {
-        const Ring<S::kStages> at{ring.number - (tile >= 0 ? 2 : 1)};
+        const Ring<S::kStages> at{value_number};
         ptx::mbarrier_wait(&shared.value_empty[at.stage()], at.parity() ^ 1);
         if (leader)
           load<T, kHeadDim, S::kBlockN>(shared.value[at.stage()], &shared.value_full[at.stage()], value_map,
@@ -197,7 +199,7 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
       }
       before = tile;
       tile = after;
-    }
+    } while (tile >= 0 || before >= 0);
   }
 }
 
@@ -224,6 +226,16 @@ template <typename T, int kHeadDim>
 FASTATTN_DEVICE uint64_t fill_words(Shared<T, kHeadDim>& shared, const Arguments& a, int stage, int column) {
   using S = Shape<kHeadDim>;
   const auto first_key = [&] { return static_cast<int64_t>(shared.tile[stage] >> 2) * S::kBlockN + column * kWordKeys; };
+  if (a.mask.bits && first_key() < a.len_k) {
+    // The rows lie far apart: all of their misses at once, rather than one after the other.
+#pragma unroll 1
+    for (int r = threadIdx.x % 32; r < S::kBlockM; r += 32) {
+      __syncwarp();
+      const Item& item = shared.place;
+      ptx::prefetch_l1(a.mask.bits + item.b * a.mask.stride_bits_b + item.h * a.mask.stride_bits_h +
+                       min64(item.i0 + r, a.len_q - 1) * a.mask.words_per_row + first_key() / kWordKeys);
+    }
+  }
   uint32_t low = 0, high = 0;
 #pragma unroll 1
   for (int r = threadIdx.x % 32; r < S::kBlockM; r += 32) {
@@ -377,6 +389,27 @@ FASTATTN_DEVICE void store_row(T* to, bool exists, const float (&o)[kHeadDim / 2
   }
 }
 
+// A warpgroup without rows takes part in the barriers of the item, and leaves the units to the others.
+template <typename T, int kHeadDim>
+FASTATTN_DEVICE void pass_item(Shared<T, kHeadDim>& shared, Ring<Shape<kHeadDim>::kStages>& ring, int turn, int next_turn) {
+  int tile = 0;
+  for (bool first = true; !(tile & kLast); first = false) {
+    const int stage = ring.stage();
+    ptx::mbarrier_wait(&shared.key_full[stage], ring.parity());
+    tile = shared.tile[stage];
+    if (Shape<kHeadDim>::kTurns && !first) {
+      ptx::named_barrier(turn, 2 * kWarpgroup);
+      ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
+    }
+    warp_arrive(&shared.key_empty[stage]);
+    if (tile & kLast) warp_arrive(&shared.query_empty);
+    // Not before the tile is there: the phase of the tile before may still be open.
+    ptx::mbarrier_wait(&shared.value_full[stage], ring.parity());
+    warp_arrive(&shared.value_empty[stage]);
+    ++ring.number;
+  }
+}
+
 template <typename T, int kHeadDim>
 FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& a, int warpgroup) {
   using S = Shape<kHeadDim>;
@@ -399,6 +432,8 @@ FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& 
 
     if (!live) {
       warp_arrive(&shared.query_empty);
+    } else if (shared.place.i0 + warpgroup * 64 >= a.len_q) {
+      pass_item<T, kHeadDim>(shared, ring, turn, next_turn);
     } else {
       float s[S::kBlockN / 2], rescale[2];
       uint32_t p[S::kBlockN / 16][4];
@@ -443,8 +478,11 @@ FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& 
         scores_done(tile);
         ptx::wgmma_wait<0>();
         warp_arrive(&shared.value_empty[before.stage()]);
+        // Most tiles raise no maximum of the 16 rows, and a product with 1 changes nothing.
+        if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
-        for (int x = 0; x < kHeadDim / 2; ++x) o[x] *= rescale[x / 2 % 2];
+          for (int x = 0; x < kHeadDim / 2; ++x) o[x] *= rescale[x / 2 % 2];
+        }
         pack_probabilities<T>(p, s);
       }
 

@@ -146,7 +146,8 @@ FASTATTN_DEVICE uint64_t segment_word(const MaskParams& mask, const MaskSummary&
   const int64_t id = mask.query_segments[b * mask.stride_qseg_b + i * mask.stride_qseg_i];
   const SegmentRun* const runs = summary.segment_runs + (b * summary.blocks_k + j0 / kWordKeys) * kSegmentRuns;
   uint64_t word = 0;
-#pragma unroll
+  // Rolled: the runs of a whole loop over rows would otherwise be kept in 16 registers.
+#pragma unroll 1
   for (int run = 0; run < kSegmentRuns; ++run) {
     const SegmentRun keys = runs[run];
     if (keys.id == id) word |= keys.keys;

@@ -141,6 +141,17 @@ FASTATTN_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_
 #endif
 }
 
+// ---- caches ----
+
+// A hint: this line of global memory will be read soon. The address is not read now, but has to be one that may be.
+FASTATTN_DEVICE void prefetch_l1(const void* global) {
+#if defined(FASTATTN_EMULATE)
+  static_cast<void>(global);
+#else
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(global));
+#endif
+}
+
 // ---- barriers between some of the warps of a block ----
 
 // Waits until `threads` threads (whole warps) have come to barrier `id`, 1..15 (0 is __syncthreads).
