@@ -29,7 +29,7 @@ struct BiasPlan {
   int64_t own_tiles_q, own_tiles_k, own_tiles;
   int64_t sum_heads, sum_tiles_q, sum_tiles_k, sum_tiles;
   int64_t splits, tiles_per_split;
-  int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
+  FASTATTN_HD int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
 };
 
 inline constexpr int kBiasTile = 64;  // queries and keys of a tile of the dbias kernels

@@ -8,7 +8,7 @@
 // then two launches.
 //   HEAD_DIM    BN  M  STEP  stages  shared KiB   fragment registers (dK + dV + S + dP)
 //      32      128  2   32     2        34           32 +  32 + 32 + 32
-//      64      128  2   32     2        66           64 +  64 + 32 + 32
+//      64      128  2   16     2        66           64 +  64 + 16 + 16
 //      96      128  1   64     2        98           48 +  48 + 32 + 32
 //     128      128  1   64     2       130           64 +  64 + 32 + 32
 //     192       64  1   64     2       146           96            + 32 + 32
@@ -29,7 +29,7 @@ struct Shape {
   static constexpr int kRows = 64;
   static constexpr int kStep = HEAD_DIM == 64 ? 16 : HEAD_DIM == 32 || GENERAL ? 32 : 64;
   static constexpr int kStages = HEAD_DIM <= 192 ? 2 : 1;
-  static constexpr int kMinBlocks = HEAD_DIM <= 64 ? 2 : 1;
+  static constexpr int kMinBlocks = HEAD_DIM == 32 ? 3 : HEAD_DIM == 64 ? 2 : 1;
   static constexpr bool kSplit = HEAD_DIM > 128;
   static constexpr int kWords = kKeys / 64;
   // K, V; stages of Q, dO; stages of (shift, delta); mask words

@@ -4,7 +4,7 @@
 // thread has rows y + 16 r and columns x + 16 c, and reads 8 vectors of four floats for 64 FMA, without bank conflicts.
 // `multiply`: W Y with W [64, 64] in shared memory and Y in chunks of 64 columns; a thread has rows y + 16 r and four neighbouring
 // columns of each chunk. Registers: dQ, or dK and dV, take HEAD_DIM / 4 each, S and dP 16 each.
-// Shared memory: chunks 18 KiB, P and dS 17 KiB each, mask words 0.5 KiB: 53 KiB.
+// At head dim 256 dK and dV are two launches. Shared memory: chunks 18 KiB, P and dS 17 KiB each, mask words 0.5 KiB: 53 KiB.
 //
 // scale S is rounded before lse is subtracted: where one key takes all of a row, P is exactly 1, however large the scores are.
 #include "attention_backward.h"
@@ -75,7 +75,7 @@ FASTATTN_DEVICE void multiply_transposed(float (&c)[4][4], float* chunk, const P
     load_chunk<kColumns, kStride>(at_x, x, row_x, column, thread, EveryRow{});
     load_chunk<kColumns, kStride>(at_y, y, row_y, column, thread, EveryRow{});
     __syncthreads();
-#pragma unroll 4
+#pragma unroll 1
     for (int d = 0; d < kColumns; d += 4) {
       float4 u[4], v[4];
 #pragma unroll
@@ -107,7 +107,7 @@ FASTATTN_DEVICE void multiply(float (&c)[N][4][4], const float* weights, float* 
     __syncthreads();
     load_chunk<kWideColumns, kWideStride>(chunk, y, row_y, n * kWideColumns, thread, live);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kTile; k += 4) {
       float4 w[4], v[4];
 #pragma unroll
@@ -157,12 +157,13 @@ FASTATTN_DEVICE RowState row_state(const BackwardArguments& a, int64_t b, int64_
 }
 
 // One pair: from S and dP to P after dropout (without its factor) and dS.
+template <bool GENERAL>
 FASTATTN_DEVICE void pair_gradient(float& s, float& dp, const ScoreTerms& terms, const RowState& row, int64_t i, int64_t j, bool allowed) {
   const float scale = static_cast<float>(terms.p.scale);
-  const float x = terms.has_bias ? __fmaf_rn(s, scale, terms.bias(i, j)) : __fmul_rn(s, scale);
+  const float x = GENERAL && terms.has_bias ? __fmaf_rn(s, scale, terms.bias(i, j)) : __fmul_rn(s, scale);
   const float probability = exp2f((x - row.lse) * static_cast<float>(kLog2E));
   float gradient = dp, dropped = probability;
-  if (terms.has_dropout) {
+  if (GENERAL && terms.has_dropout) {
     const PhiloxBlock block = philox4x32(terms.seed, static_cast<uint32_t>(j >> 2), static_cast<uint32_t>(i),
                                          static_cast<uint32_t>(terms.h), static_cast<uint32_t>(terms.b));
     const uint32_t low = j & 1 ? block.word[1] : block.word[0], high = j & 1 ? block.word[3] : block.word[2];
@@ -176,7 +177,7 @@ FASTATTN_DEVICE void pair_gradient(float& s, float& dp, const ScoreTerms& terms,
 
 // ---- dQ: a block owns 64 query rows ----
 
-template <int HEAD_DIM>
+template <int HEAD_DIM, bool GENERAL>
 FASTATTN_KERNEL(kThreads, 1) attention_backward_dq_float32_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) {
   FASTATTN_SHARED(shared);
   const Shared s = carve(shared);
@@ -209,7 +210,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_dq_float32_kernel(const FASTATTN
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const bool allowed = !kMasked || (s.words[y + r * 16] >> (x + q * 16) & 1);
-        pair_gradient(scores[r][q], gradients[r][q], terms, rows[r], i0 + y + r * 16, j0 + x + q * 16, allowed);
+        pair_gradient<GENERAL>(scores[r][q], gradients[r][q], terms, rows[r], i0 + y + r * 16, j0 + x + q * 16, allowed);
         s.ds[(y + r * 16) * kWideStride + x + q * 16] = gradients[r][q];
       }
     if constexpr (kMasked) {
@@ -231,7 +232,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_dq_float32_kernel(const FASTATTN
 
 // ---- dK, dV: a block owns 64 keys; rows of its tiles are keys, columns are queries ----
 
-template <int HEAD_DIM>
+template <int HEAD_DIM, bool GENERAL, bool KEY, bool VALUE>
 FASTATTN_KERNEL(kThreads, 1) attention_backward_dkv_float32_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) {
   FASTATTN_SHARED(shared);
   const Shared s = carve(shared);
@@ -241,7 +242,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_dkv_float32_kernel(const FASTATT
   const int b = blockIdx.x / tiles / heads, h_kv = blockIdx.x / tiles % heads, j0 = blockIdx.x % tiles * kTile;
   const int group = static_cast<unsigned>(p.heads_q) / heads;
   const Plane<float> key = plane_of<float>(p.key, b, h_kv, p.len_k, p.dim_qk), value = plane_of<float>(p.value, b, h_kv, p.len_k, p.dim_v);
-  float grad_key[HEAD_DIM / 64][4][4] = {}, grad_value[HEAD_DIM / 64][4][4] = {};
+  float grad_key[KEY ? HEAD_DIM / 64 : 1][4][4] = {}, grad_value[VALUE ? HEAD_DIM / 64 : 1][4][4] = {};
 
   for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     const Plane<float> query = plane_of<float>(p.query, b, h, p.len_q, p.dim_qk);
@@ -253,9 +254,9 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_dkv_float32_kernel(const FASTATT
         __syncthreads();  // the words of the tile before have been read
         stage_mask_words<kTile, 64, kThreads>(s.words, s.words + kTile, p.mask, a.summary, b, h, i0, j0, p.len_k, thread);
       }
-      float scores[4][4], gradients[4][4];
+      float scores[4][4], gradients[4][4] = {};
       multiply_transposed(scores, s.chunk, key, j0, query, i0, thread);
-      multiply_transposed(gradients, s.chunk, value, j0, grad_out, i0, thread);
+      if constexpr (KEY) multiply_transposed(gradients, s.chunk, value, j0, grad_out, i0, thread);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int i = i0 + x + q * 16;
@@ -263,14 +264,14 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_dkv_float32_kernel(const FASTATT
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
           const bool allowed = !kMasked || (s.words[x + q * 16] >> (y + r * 16) & 1);
-          pair_gradient(scores[r][q], gradients[r][q], terms, row, i, j0 + y + r * 16, allowed);
-          s.p[(y + r * 16) * kWideStride + x + q * 16] = scores[r][q];
-          s.ds[(y + r * 16) * kWideStride + x + q * 16] = gradients[r][q];
+          pair_gradient<GENERAL>(scores[r][q], gradients[r][q], terms, row, i, j0 + y + r * 16, allowed);
+          if (VALUE) s.p[(y + r * 16) * kWideStride + x + q * 16] = scores[r][q];
+          if (KEY) s.ds[(y + r * 16) * kWideStride + x + q * 16] = gradients[r][q];
         }
       }
       const auto live = [&](int row) { return !kMasked || s.words[row] != 0; };
-      multiply(grad_value, s.p, s.chunk, grad_out, i0, thread, live);
-      multiply(grad_key, s.ds, s.chunk, query, i0, thread, live);
+      if constexpr (VALUE) multiply(grad_value, s.p, s.chunk, grad_out, i0, thread, live);
+      if constexpr (KEY) multiply(grad_key, s.ds, s.chunk, query, i0, thread, live);
     };
     QueryTiles<kTile, kTile> cursor(p.mask, a.summary, b, h, j0, p.len_q, p.len_k);
     int tile;
@@ -280,8 +281,11 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_dkv_float32_kernel(const FASTATT
       else step(std::true_type{}, tile * kTile);
     }
   }
-  store(plane_of<float>(p.grad_key, b, h_kv, p.len_k, p.dim_qk), j0, grad_key, static_cast<float>(p.scale), thread);
-  store(plane_of<float>(p.grad_value, b, h_kv, p.len_k, p.dim_v), j0, grad_value, static_cast<float>(1.0 / (1.0 - p.dropout.p)), thread);
+  if constexpr (KEY)
+    store(plane_of<float>(p.grad_key, b, h_kv, p.len_k, p.dim_qk), j0, grad_key, static_cast<float>(p.scale), thread);
+  if constexpr (VALUE)
+    store(plane_of<float>(p.grad_value, b, h_kv, p.len_k, p.dim_v), j0, grad_value, static_cast<float>(1.0 / (1.0 - p.dropout.p)),
+          thread);
 }
 
 // ---- dbias ----
@@ -311,7 +315,7 @@ attention_backward_dbias_float32_kernel(const FASTATTN_GRID_CONSTANT BackwardArg
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const bool allowed = s.words[y + r * 16] >> (x + q * 16) & 1;
-        pair_gradient(scores[r][q], gradients[r][q], terms, row, t.i0 + y + r * 16, t.j0 + x + q * 16, allowed);
+        pair_gradient<true>(scores[r][q], gradients[r][q], terms, row, t.i0 + y + r * 16, t.j0 + x + q * 16, allowed);
         sum[r][q] += gradients[r][q];
       }
     }
@@ -325,26 +329,39 @@ attention_backward_dbias_float32_kernel(const FASTATTN_GRID_CONSTANT BackwardArg
   store_bias_tile<kThreads>(a, plan, s.chunk, thread);
 }
 
-template <int HEAD_DIM>
+template <typename Kernel>
+void start(const char* name, Kernel kernel, const BackwardArguments& a, int64_t blocks) {
+  if (blocks) launch(name, kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), kSharedBytes, a.p.stream, a);
+}
+
+template <int HEAD_DIM, bool GENERAL>
 void run(const BackwardArguments& a) {
   const AttentionBackwardParams& p = a.p;
   const int64_t query_blocks = p.batch * p.heads_q * ceil_div(p.len_q, kTile);
   const int64_t key_blocks = p.batch * p.heads_kv * ceil_div(p.len_k, kTile);
-  if (query_blocks)
-    launch("attention_backward_dq_float32_kernel", attention_backward_dq_float32_kernel<HEAD_DIM>,
-           dim3(static_cast<unsigned>(query_blocks)), dim3(kThreads), kSharedBytes, p.stream, a);
-  if (key_blocks)
-    launch("attention_backward_dkv_float32_kernel", attention_backward_dkv_float32_kernel<HEAD_DIM>,
-           dim3(static_cast<unsigned>(key_blocks)), dim3(kThreads), kSharedBytes, p.stream, a);
+  const char* const dkv = "attention_backward_dkv_float32_kernel";
+  start("attention_backward_dq_float32_kernel", attention_backward_dq_float32_kernel<HEAD_DIM, GENERAL>, a, query_blocks);
+  if constexpr (HEAD_DIM <= 128) {
+    start(dkv, attention_backward_dkv_float32_kernel<HEAD_DIM, GENERAL, true, true>, a, key_blocks);
+  } else {  // both would not fit the registers
+    start(dkv, attention_backward_dkv_float32_kernel<HEAD_DIM, GENERAL, false, true>, a, key_blocks);
+    start(dkv, attention_backward_dkv_float32_kernel<HEAD_DIM, GENERAL, true, false>, a, key_blocks);
+  }
+}
+
+template <bool GENERAL>
+void run(const BackwardArguments& a) {
+  const int64_t dim = max64(a.p.dim_qk, a.p.dim_v);
+  if (dim <= 64) run<64, GENERAL>(a);
+  else if (dim <= 128) run<128, GENERAL>(a);
+  else run<256, GENERAL>(a);
 }
 
 }  // namespace
 
 void attention_backward_float32(const BackwardArguments& arguments, const BiasPlan& plan) {
-  const int64_t dim = max64(arguments.p.dim_qk, arguments.p.dim_v);
-  if (dim <= 64) run<64>(arguments);
-  else if (dim <= 128) run<128>(arguments);
-  else run<256>(arguments);
+  if (is_general(arguments.p)) run<true>(arguments);
+  else run<false>(arguments);
   if (plan.own_tiles)
     launch("attention_backward_dbias_float32_kernel", attention_backward_dbias_float32_kernel,
            dim3(static_cast<unsigned>(plan.own_tiles * plan.splits)), dim3(kThreads), kSharedBytes, arguments.p.stream, arguments, plan);
