@@ -135,6 +135,23 @@ FASTATTN_KERNEL(32) global_kernel(float* sums, int* counter, int mode) {
   }
 }
 
+// The block that is done last adds what all blocks have left, each in its slot. Fences and the counter order that.
+FASTATTN_KERNEL(32) last_block_kernel(float* slots, int* counter, float* sum, bool first_fence, bool second_fence) {
+  FASTATTN_SHARED(shared);
+  int* const is_last = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 3) {
+    slots[blockIdx.x] = static_cast<float>(blockIdx.x);
+    if (first_fence) __threadfence();
+    *is_last = atomicAdd(counter, 1) + 1 == static_cast<int>(gridDim.x);
+  }
+  __syncthreads();
+  if (!*is_last) return;
+  if (second_fence) __threadfence();
+  if (threadIdx.x == 5) {
+    for (unsigned n = 0; n < gridDim.x; ++n) *sum += slots[n];
+  }
+}
+
 // Thread 0 loads a tile again while others may still read it, unless they released it.
 FASTATTN_KERNEL(64) stage_kernel(const FASTATTN_GRID_CONSTANT TensorMap map, float* sink, bool release) {
   FASTATTN_SHARED(shared);
@@ -208,6 +225,18 @@ int main() {
       const std::string message =
           error_of([&] { launch("global", global_kernel, dim3(4), dim3(32), 0, nullptr, sums.data(), &counter, mode); });
       if (!CHECK(mode == 0 ? message.empty() : is_race(message))) std::fprintf(stderr, "mode %d: %s\n", mode, message.c_str());
+    }
+    for (int fences = 0; fences < 4; ++fences) {
+      std::vector<float> slots(4, 0.0f);
+      int counter = 0;
+      float sum = 0.0f;
+      const std::string message = error_of([&] {
+        launch("last_block", last_block_kernel, dim3(4), dim3(32), 4, nullptr, slots.data(), &counter, &sum, (fences & 1) != 0,
+               (fences & 2) != 0);
+      });
+      if (!CHECK(fences == 3 ? message.empty() && sum == 6.0f : is_race(message))) {
+        std::fprintf(stderr, "fences %d: %s\n", fences, message.c_str());
+      }
     }
     for (const bool release : {true, false}) {
       const std::string message = error_of(

@@ -175,6 +175,7 @@ class RaceObserver {
   virtual void release(const Thread& by, const void* key) = 0;
   virtual void acquire(const Thread& by, const void* key) = 0;
   virtual void proxy_fence(const Thread& by) = 0;
+  virtual void device_fence(const Thread& by) = 0;
   // A TMA load writes from its issue on; with the ticket it hands that over to its barrier when it lands.
   virtual int64_t async_write(const Thread& by, const void* address, size_t bytes, const char* what) = 0;
   virtual void async_landed(int64_t ticket, const void* key) = 0;

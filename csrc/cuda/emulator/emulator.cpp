@@ -75,14 +75,17 @@ constexpr size_t kStackBytes = 512 << 10;
 constexpr size_t kStackBytes = 128 << 10;
 #endif
 
-uint64_t initial_seed() {
+struct Seed {
+  bool set = false;  // by set_seed, in this OS thread
+  uint64_t value = 0;
+};
+
+thread_local Seed chosen_seed;
+
+uint64_t current_seed() {
+  if (chosen_seed.set) return chosen_seed.value;
   const char* text = std::getenv("FASTATTN_EMULATE_SEED");
   return text ? std::strtoull(text, nullptr, 10) : 0;
-}
-
-uint64_t& seed() {
-  thread_local uint64_t value = initial_seed();
-  return value;
 }
 
 // The stacks of the fibers, kept from launch to launch. A page without access lies below each.
@@ -202,7 +205,7 @@ class Runner {
 
   void run_grid() {
     const int64_t count = static_cast<int64_t>(grid_.x) * grid_.y * grid_.z;
-    for (int64_t n = 0; n < count; ++n) run_block(seed() % 2 ? count - 1 - n : n);
+    for (int64_t n = 0; n < count; ++n) run_block(seed_ % 2 ? count - 1 - n : n);
   }
 
   // On a fiber: back to the scheduler. `ended`: the fiber will not be resumed.
@@ -248,7 +251,7 @@ class Runner {
 
   void run_block(int64_t index) {
     block_.index = index;
-    block_.random_state_ = (seed() + 1) * 0x9E3779B97F4A7C15ull + static_cast<uint64_t>(index) * 0xBF58476D1CE4E5B9ull + 1;
+    block_.random_state_ = (seed_ + 1) * 0x9E3779B97F4A7C15ull + static_cast<uint64_t>(index) * 0xBF58476D1CE4E5B9ull + 1;
     const uint3 at = {static_cast<unsigned>(index % grid_.x), static_cast<unsigned>(index / grid_.x % grid_.y),
                       static_cast<unsigned>(index / grid_.x / grid_.y)};
     if (block_.shared) std::memset(block_.shared, kPoison, allocation_bytes_);
@@ -277,7 +280,7 @@ class Runner {
   void schedule() {
     int current = -1;
     // Asynchronous work gets done as late as possible, now and then before that, or soon: by the seed.
-    const uint64_t one_in = seed() % 3 == 0 ? 0 : seed() % 3 == 1 ? 64 : 4;
+    const uint64_t one_in = seed_ % 3 == 0 ? 0 : seed_ % 3 == 1 ? 64 : 4;
     while (live_ > 0) {
       if (one_in != 0 && (!block_.loads.empty() || deferred()) && block_.random() % one_in == 0) finish_something();
       if (current < 0 || block_.warps[static_cast<size_t>(current)].runnable == 0) current = choose_warp();
@@ -300,7 +303,7 @@ class Runner {
   // Lets a deferred warp go on, or a TMA load land; false when there is neither. A wgmma that reads what a load has not brought
   // yet shows best when the loads come last, the default; other faults may need another order.
   bool finish_something() {
-    const size_t count = block_.warps.size(), loads = seed() % 3 == 0 ? 0 : block_.loads.size();
+    const size_t count = block_.warps.size(), loads = seed_ % 3 == 0 ? 0 : block_.loads.size();
     const size_t start = static_cast<size_t>(block_.random() % (count + loads));
     if (start >= count) return land_a_load();
     for (size_t n = 0; n < count; ++n) {
@@ -428,6 +431,7 @@ class Runner {
   }
 
   Block block_;
+  const uint64_t seed_ = current_seed();
   dim3 grid_, block_size_;
   void (*body_)(void*);
   void* context_;
@@ -698,9 +702,13 @@ void note_atomic(const void* address, size_t bytes) {
   if (race_observer) race_observer->atomic(*thread, address, bytes);
 }
 
+void note_device_fence() {
+  if (race_observer) race_observer->device_fence(*thread);
+}
+
 // ---- launching ----
 
-void set_seed(uint64_t value) { seed() = value; }
+void set_seed(uint64_t value) { chosen_seed = {true, value}; }
 
 void run(const char* kernel_name, dim3 grid, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* context) {
   const auto refuse = [&](const std::string& why) { throw EmulationError(why + " [kernel " + kernel_name + "]"); };

@@ -80,7 +80,7 @@ namespace emulator {
 // Runs body(context) once for every thread of the grid.
 void run(const char* kernel_name, dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* context);
 
-// The seed of the schedule for the launches of this OS thread from now on. It starts as FASTATTN_EMULATE_SEED, or 0.
+// The seed of the schedule for the launches of this OS thread from now on, in the place of FASTATTN_EMULATE_SEED.
 void set_seed(uint64_t seed);
 
 // ---- what a running thread may ask ----
@@ -120,8 +120,9 @@ uint32_t ballot(uint32_t mask, bool predicate);
 uint32_t reduce_or(uint32_t mask, uint32_t value);
 void sync_warp(uint32_t mask);
 
-// Tells the race check that an atomic operation touches this address.
+// For the race check: an atomic operation touches this address; __threadfence.
 void note_atomic(const void* address, size_t bytes);
+void note_device_fence();
 
 // ---- 16-bit conversions ----
 
@@ -179,8 +180,7 @@ inline uint16_t half_bits(float value) {
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { emulator::sync_warp(mask); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence() { emulator::note_device_fence(); }
 [[noreturn]] inline void __trap() { emulator::fail("__trap"); }
 
 namespace emulator {

@@ -8,8 +8,8 @@
 // An access is a race unless the accessing actor knows the epoch of every conflicting access before it. Actors are the
 // threads of the block, one for all TMA loads, and one per warp for the reads that a warp does as one.
 //
-// Shared memory starts afresh with every block. In global memory, accesses from different blocks are never ordered within a
-// launch, except that atomics do not race with each other.
+// Shared memory starts afresh with every block. In global memory, accesses from different blocks of a launch are ordered by one
+// thing only: __threadfence and then an atomic in the first block, an atomic and then __threadfence in the second.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -26,18 +26,29 @@ void merge(Clock& into, const Clock& from) {
   for (size_t n = 0; n < into.size(); ++n) into[n] = std::max(into[n], from[n]);
 }
 
-// What an actor knows, and of that, what has passed a proxy fence.
+// What an actor knows.
 struct Knowledge {
-  Clock known, fenced;
+  Clock known;
+  Clock fenced;                    // of that, what has passed a proxy fence
+  int64_t seen = 0, published = 0;  // publications of other blocks: numbers below have been seen, and passed __threadfence
 
   void reset(size_t actors) {
     known.assign(actors, 0);
     fenced.assign(actors, 0);
+    seen = published = 0;
   }
   void learn(const Knowledge& other) {
     merge(known, other.known);
     merge(fenced, other.fenced);
+    seen = std::max(seen, other.seen);
+    published = std::max(published, other.published);
   }
+};
+
+// What a thread knew at its last __threadfence, made known by an atomic after that.
+struct Publication {
+  int64_t block;
+  Clock clock;
 };
 
 struct Access {
@@ -87,6 +98,8 @@ struct State {
   std::unordered_map<const void*, Knowledge> keys;
   std::map<int64_t, Knowledge> landing;  // TMA loads in flight, by ticket
   int64_t next_ticket = 0;
+  std::vector<Clock> before_fence;  // of each thread at its last __threadfence; empty before the first
+  std::vector<Publication> publications;  // in this launch
   Shadow shared, global;
   uintptr_t stacks_low = 0, stacks_high = 0;
   Knowledge reader;  // what all lanes know in the warp read in progress
@@ -134,10 +147,20 @@ std::string name_of(int actor) {
 
 enum class Kind { kRead, kWrite, kAtomic };
 
-// Only global memory outlives a block, and nothing orders the blocks of a grid.
-void check_other_blocks(Byte& byte, const Access& now, Kind kind, uintptr_t address) {
+// Whether somebody who knows `mine` knows of an access of another block.
+bool published(int64_t of_block, const Access& before, const Knowledge& mine) {
+  const std::vector<Publication>& all = state().publications;
+  for (size_t n = 0; n < static_cast<size_t>(mine.published); ++n) {
+    if (all[n].block == of_block && before.epoch <= all[n].clock[static_cast<size_t>(before.actor)]) return true;
+  }
+  return false;
+}
+
+// Only global memory outlives a block.
+void check_other_blocks(Byte& byte, const Access& now, Kind kind, const Knowledge& mine, uintptr_t address) {
   if (byte.block != block->index) {
-    if (byte.writer.actor >= 0) report_blocks(address, byte.writer.what, now);
+    if (byte.writer.actor >= 0 && !published(byte.block, byte.writer, mine)) report_blocks(address, byte.writer.what, now);
+    byte.writer = Access{};
     byte.read_elsewhere |= !byte.readers.empty();
     byte.atomic_elsewhere |= !byte.atomics.empty();
     byte.readers.clear();
@@ -174,7 +197,7 @@ void check(const Access& now, Kind kind, const Knowledge& mine, const void* poin
   Shadow& shadow = shared ? s.shared : s.global;
   for (uintptr_t address = start; address < start + bytes; ++address) {
     Byte& byte = shadow.at(address);
-    check_other_blocks(byte, now, kind, address);
+    check_other_blocks(byte, now, kind, mine, address);
     const Access& writer = byte.writer;
     check_order(writer, now, mine, kind == Kind::kRead ? "read after write" : "write after write", address);
     if (kind == Kind::kRead && shared && now.asynchronous && writer.actor >= 0 && !writer.asynchronous &&
@@ -206,6 +229,7 @@ class VectorClocks final : public RaceObserver {
     s.stacks_low = reinterpret_cast<uintptr_t>(stacks_low);
     s.stacks_high = reinterpret_cast<uintptr_t>(stacks_high);
     s.global.clear();
+    s.publications.clear();
   }
 
   void start_block() override {
@@ -216,6 +240,7 @@ class VectorClocks final : public RaceObserver {
       s.actors[n].reset(count);
       s.actors[n].known[n] = 1;
     }
+    s.before_fence.assign(block->threads.size(), Clock());
     s.keys.clear();
     s.landing.clear();
     s.shared.clear();
@@ -234,6 +259,11 @@ class VectorClocks final : public RaceObserver {
   void atomic(const Thread& by, const void* address, size_t bytes) override {
     State& s = state();
     check({by.index, s.epoch(by.index), "atomic", false}, Kind::kAtomic, s.of(by.index), address, bytes);
+    const Clock& before_fence = s.before_fence[static_cast<size_t>(by.index)];
+    if (!before_fence.empty() && !in_shared(reinterpret_cast<uintptr_t>(address))) {
+      s.publications.push_back({block->index, before_fence});
+    }
+    s.of(by.index).seen = static_cast<int64_t>(s.publications.size());
   }
 
   void start_warp_read(int warp) override {
@@ -248,6 +278,7 @@ class VectorClocks final : public RaceObserver {
         s.reader.known[n] = std::min(s.reader.known[n], other.known[n]);
         s.reader.fenced[n] = std::min(s.reader.fenced[n], other.fenced[n]);
       }
+      s.reader.published = std::min(s.reader.published, other.published);
     }
     const uint32_t epoch = ++s.epoch(actor);
     for (int lane = 0; lane < kWarpSize; ++lane) s.of(first + lane).known[static_cast<size_t>(actor)] = epoch;
@@ -284,6 +315,14 @@ class VectorClocks final : public RaceObserver {
     Knowledge& mine = state().of(by.index);
     mine.fenced = mine.known;
     ++state().epoch(by.index);  // what it writes from now on is not fenced
+  }
+
+  void device_fence(const Thread& by) override {
+    State& s = state();
+    Knowledge& mine = s.of(by.index);
+    s.before_fence[static_cast<size_t>(by.index)] = mine.known;
+    mine.published = mine.seen;
+    ++s.epoch(by.index);  // what it writes from now on is not published
   }
 
   int64_t async_write(const Thread& by, const void* address, size_t bytes, const char* what) override {
