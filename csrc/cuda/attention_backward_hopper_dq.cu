@@ -14,7 +14,7 @@ struct DqTile {
   static constexpr int kStageBytes = kWordsOffset + aligned_bytes(BM * BN / 8);
   static constexpr int kSlotsOffset = 2 * kQueryBytes + kStages * kStageBytes;
   static constexpr int kBarriersOffset = kSlotsOffset + kStages * static_cast<int>(sizeof(Slot));
-  static constexpr int kSharedBytes = kBarriersOffset + (1 + 4 * kStages) * 8;
+  static constexpr int kSharedBytes = kBarriersOffset + (1 + 5 * kStages) * 8;
   static_assert(BN == kMaskWarps * 64, "a mask warp owns 64 keys");
 };
 
@@ -23,8 +23,8 @@ struct DqTile {
 // One tile of 64 queries x BN keys. words: of the thread's two rows, those of row 8 behind kStep words.
 template <typename T, int HEAD_DIM, bool MASKED>
 FASTATTN_DEVICE void dq_tile(float (&dq)[HEAD_DIM / 2], uint64_t query, uint64_t grad_out, uint64_t key, uint64_t value,
-                             const uint32_t* words, const float (&shift)[2], const float (&delta)[2], float scale_log2,
-                             int column) {
+                             uint64_t* value_consumed, const uint32_t* words, const float (&shift)[2],
+                             const float (&delta)[2], float scale_log2, int lane) {
   constexpr int BN = DqTile<HEAD_DIM>::BN;
   float p[BN / 2], ds[BN / 2];  // [64 queries, BN keys]: scores, then probabilities; dP, then dS
   ptx::wgmma_fence();
@@ -36,13 +36,15 @@ FASTATTN_DEVICE void dq_tile(float (&dq)[HEAD_DIM / 2], uint64_t query, uint64_t
 #pragma unroll
   for (int n = 0; n < BN / 2; ++n) p[n] = ptx::ex2(p[n] * scale_log2 - shift[n / 2 % 2]);
   ptx::wgmma_wait<0>();
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(value_consumed);
   uint32_t bits[2] = {~0u, ~0u};
 #pragma unroll
   for (int n = 0; n < BN / 8; ++n) {
     if constexpr (MASKED) {
       if (n % 4 == 0) {
-        bits[0] = words[n / 4] >> column;
-        bits[1] = words[8 * (BN / 32) + n / 4] >> column;
+        bits[0] = words[n / 4] >> 2 * (lane % 4);
+        bits[1] = words[8 * (BN / 32) + n / 4] >> 2 * (lane % 4);
       }
     }
 #pragma unroll
@@ -77,7 +79,8 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
   uint64_t* const listed = stationary + 1;       // the slot of a stage tells what is coming
   uint64_t* const landed = listed + kStages;     // its copies are there
   uint64_t* const prepared = landed + kStages;   // what the mask warps add is there
-  uint64_t* const consumed = prepared + kStages;
+  uint64_t* const value_consumed = prepared + kStages;  // earlier than the rest: the next values can come
+  uint64_t* const consumed = value_consumed + kStages;
 
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0), lane = static_cast<int>(threadIdx.x % 32);
   // The last queries first: under a causal mask they have the most keys.
@@ -91,6 +94,7 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
       ptx::mbarrier_init(listed + s, 1);
       ptx::mbarrier_init(landed + s, 1);
       ptx::mbarrier_init(prepared + s, kMaskWarps);
+      ptx::mbarrier_init(value_consumed + s, kConsumerThreads / 32);
       ptx::mbarrier_init(consumed + s, kConsumerThreads / 32);
     }
     ptx::fence_mbarrier_init();
@@ -114,12 +118,14 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
       while (tiles.next(tile, full)) {
         if (lane == 0) {
           unsigned char* const key = stages + stage * Tile::kStageBytes;
+          ptx::mbarrier_wait(value_consumed + stage, phase ^ 1);
+          ptx::mbarrier_expect_tx(landed + stage, Tile::kKeyBytes);
+          load_panels<HEAD_DIM, BN>(key + Tile::kKeyBytes, maps.value, landed + stage, tile * BN, h_kv, b);
           ptx::mbarrier_wait(consumed + stage, phase ^ 1);
           slots[stage] = {full ? kFull : kPartial, tile, h};
           ptx::mbarrier_arrive(listed + stage);
-          ptx::mbarrier_arrive_expect_tx(landed + stage, 2 * Tile::kKeyBytes);
+          ptx::mbarrier_arrive_expect_tx(landed + stage, Tile::kKeyBytes);
           load_panels<HEAD_DIM, BN>(key, maps.key, landed + stage, tile * BN, h_kv, b);
-          load_panels<HEAD_DIM, BN>(key + Tile::kKeyBytes, maps.value, landed + stage, tile * BN, h_kv, b);
         }
         __syncwarp();
         if (++stage == kStages) stage = 0, phase ^= 1;
@@ -194,11 +200,11 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
       const uint32_t* const words =
           reinterpret_cast<const uint32_t*>(stages + stage * Tile::kStageBytes + Tile::kWordsOffset) + row * (BN / 32);
       if (kind == kFull)
-        dq_tile<T, HEAD_DIM, false>(dq, query_operand, grad_out_operand, key, value, words, shift, delta, problem.scale_log2,
-                                    2 * (lane % 4));
+        dq_tile<T, HEAD_DIM, false>(dq, query_operand, grad_out_operand, key, value, value_consumed + stage, words, shift, delta,
+                                    problem.scale_log2, lane);
       else
-        dq_tile<T, HEAD_DIM, true>(dq, query_operand, grad_out_operand, key, value, words, shift, delta, problem.scale_log2,
-                                   2 * (lane % 4));
+        dq_tile<T, HEAD_DIM, true>(dq, query_operand, grad_out_operand, key, value, value_consumed + stage, words, shift, delta,
+                                   problem.scale_log2, lane);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(consumed + stage);
       if (++stage == kStages) stage = 0, phase ^= 1;
