@@ -27,7 +27,8 @@
 // The shift. Any number near the maximum serves, as long as P, the sum and lse all use the same one. It is kept in units of
 // log 2, rounded once, and fma(S, c, -shift) is exact up to its own rounding: the largest probability is 1 up to the rounding
 // of the shift, whatever the size of the scores, and the quotient P / sum does not see it. It moves, and what was accumulated is
-// rescaled, when a row's maximum has grown by more than 2^8: P stays below 256, far from the end of float16.
+// rescaled, when a row's maximum has grown by more than 2^8: P stays below 256, far from the end of float16. float32 takes the
+// maximum itself, in every tile, and subtracts it before the product with log2 e, as the CPU does.
 //
 // A row's result depends on its own sequence of key tiles only.
 #include <cmath>
@@ -46,12 +47,13 @@ namespace {
 constexpr int kKeys = 64;             // of a tile; one mask word
 constexpr float kLazyGrowth = 8.0f;   // log2
 constexpr float kMinusInf = -INFINITY;
+constexpr float kLog2 = static_cast<float>(kLog2E);
 
 // What the host works out once.
 struct Plan {
   MaskSummary summary;
-  float scale;       // of the scores before the bias; used by the general kernels only
-  float to_log2;     // c of the head of this file: turns what the kernel calls a score into units of log 2; positive
+  float scale;       // of the scores before the bias; used by the general and the float32 kernels
+  float to_log2;     // c of the head of this file: turns what the 16-bit kernels call a score into units of log 2; positive
   float kept_scale;  // 1 / (1 - dropout)
   bool has_dropout;
   uint64_t threshold;
@@ -59,8 +61,6 @@ struct Plan {
   bool last_rows_first;
   uint32_t row_tiles;
 };
-
-FASTATTN_DEVICE float shift_of(float row_shift) { return row_shift == kMinusInf ? 0.0f : row_shift; }
 
 FASTATTN_DEVICE float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
@@ -82,9 +82,9 @@ FASTATTN_DEVICE uint64_t shuffle_word(uint64_t word, int lane) {
   return uint64_t{__shfl_sync(~0u, static_cast<uint32_t>(word >> 32), lane)} << 32 | low;
 }
 
-// Natural log of the sum of e^score.
+// Natural log of the sum of e^score, from a shift in units of log 2.
 FASTATTN_DEVICE float row_lse(float row_shift, float row_sum) {
-  return row_sum == 0.0f ? kMinusInf : (shift_of(row_shift) + log2f(row_sum)) * 0.693147180559945309f;
+  return row_sum == 0.0f ? kMinusInf : (softmax_shift(row_shift) + log2f(row_sum)) * 0.693147180559945309f;
 }
 
 // Which rows and which head a block works on.
@@ -156,14 +156,16 @@ FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc,
   for (int m = 0; m < M; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float shift = shift_of(acc.shift[m][half]);
+      const float shift = softmax_shift(acc.shift[m][half]);
+      float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
           s[m][n][e] = ptx::ex2(fmaf(s[m][n][e], to_log2, -shift));
-          acc.sum[m][half] += s[m][n][e];
+          total += s[m][n][e];
         }
+      acc.sum[m][half] += total;
     }
 }
 
@@ -260,7 +262,7 @@ struct Shape {
   static constexpr bool kSplit = SPLIT_;
   static constexpr bool kGeneral = GENERAL_;  // bias, dropout or an unusual scale
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
-  static constexpr int kBlocks = kGeneral && HEAD_DIM_ <= 128 ? 3 : 2;  // that share an SM
+  static constexpr int kBlocks = HEAD_DIM_ <= (kGeneral ? 128 : 32) ? 3 : 2;  // that share an SM
   static constexpr int kWarpRows = 16 * kM;
   static constexpr int kRows = kSplit ? kWarpRows : kWarpRows * kWarps;
   static constexpr int kWarpKeys = kSplit ? kKeys / kWarps : kKeys;
@@ -316,7 +318,7 @@ FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsig
     for (int w = 0; w < S::kWarps; ++w) shift = fmaxf(shift, shifts[w * kRows + row]);
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) {
-      factor[w] = ptx::ex2(shifts[w * kRows + row] - shift_of(shift));
+      factor[w] = ptx::ex2(shifts[w * kRows + row] - softmax_shift(shift));
       // A sum of NaN beside a shift of -inf: its factor is 0, and the product still NaN.
       sum += sums[w * kRows + row] * factor[w];
     }
@@ -347,12 +349,12 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
     if (plan.has_dropout) seed = dropout_seed(p.dropout);
   // What is cheap to work out again does not wait in registers while O and S need them: hence `opaque`, here and below.
   const auto load_keys = [&](int tile) {
-    load_tile<T, D, kKeys, S::kThreads>(k_tile, plane_of<T>(p.key, ptx::opaque(at.b), at.h_kv, p.len_k, p.dim_qk), tile * kKeys,
+    load_tile<T, D, kKeys, S::kThreads>(k_tile, plane_of<T>(p.key, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_qk), tile * kKeys,
                                         ptx::opaque(threadIdx.x));
     ptx::cp_async_commit();
   };
   const auto load_values = [&](int tile) {
-    load_tile<T, D, kKeys, S::kThreads>(v_tile, plane_of<T>(p.value, ptx::opaque(at.b), at.h_kv, p.len_k, p.dim_v), tile * kKeys,
+    load_tile<T, D, kKeys, S::kThreads>(v_tile, plane_of<T>(p.value, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_v), tile * kKeys,
                                         ptx::opaque(threadIdx.x));
     ptx::cp_async_commit();
   };
@@ -494,9 +496,9 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
     load_part(key, tile * kKeys, 0);
   }
 
-  float out[kParts][4][4] = {}, row_shift[4], row_sum[4];
+  float out[kParts][4][4] = {}, row_max[4], row_sum[4];
 #pragma unroll
-  for (int r = 0; r < 4; ++r) row_shift[r] = kMinusInf, row_sum[r] = 0.0f;
+  for (int r = 0; r < 4; ++r) row_max[r] = kMinusInf, row_sum[r] = 0.0f;
 
   while (more) {
     const int j0 = tile * kKeys;
@@ -554,13 +556,13 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
       float top = fmaxf(fmaxf(s[r][0], s[r][1]), fmaxf(s[r][2], s[r][3]));
 #pragma unroll
       for (int step = 1; step < 16; step *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-      const float old_shift = row_shift[r], new_shift = fmaxf(old_shift, top * plan.to_log2), shift = shift_of(new_shift);
-      const float factor = new_shift == old_shift ? 1.0f : ptx::ex2(old_shift - shift);
-      row_shift[r] = new_shift;
+      const float old_max = row_max[r], new_max = fmaxf(old_max, top), shift = softmax_shift(new_max);
+      const float factor = new_max == old_max ? 1.0f : ptx::ex2((old_max - shift) * kLog2);
+      row_max[r] = new_max;
       float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        s[r][n] = ptx::ex2(fmaf(s[r][n], plan.to_log2, -shift));
+        s[r][n] = ptx::ex2((s[r][n] - shift) * kLog2);
         total += s[r][n];
       }
       row_sum[r] = fmaf(row_sum[r], factor, total);
@@ -629,7 +631,7 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
 #pragma unroll
     for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (i >= result.rows) continue;
-    if (tx == 0) lse[i] = row_lse(row_shift[r], sum);
+    if (tx == 0) lse[i] = sum == 0.0f ? kMinusInf : softmax_shift(row_max[r]) + logf(sum);
     const float normalizer = softmax_normalizer(sum) * plan.kept_scale;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
@@ -647,7 +649,7 @@ Plan make_plan(const AttentionForwardParams& p, int rows) {
   Plan plan;
   plan.summary = prepare_mask(p, p.workspace, p.stream);
   plan.scale = static_cast<float>(p.scale);
-  plan.to_log2 = static_cast<float>(kLog2E);
+  plan.to_log2 = kLog2;
   plan.kept_scale = static_cast<float>(1.0 / (1.0 - p.dropout.p));
   plan.has_dropout = p.dropout.p > 0.0;
   plan.threshold = dropout_threshold(p.dropout.p);
@@ -680,7 +682,7 @@ void run_16_bit(const AttentionForwardParams& p) {
   // The exponential takes the scale in when it keeps the order of the scores, and can be held.
   const bool fold = !p.bias && p.scale * kLog2E >= std::numeric_limits<float>::min();
   if (p.len_q <= 16) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
-  else if (fold && p.dropout.p == 0.0) run<Shape<T, HEAD_DIM, M, false, false>>(p, true);
+  else if (fold && p.dropout.p == 0.0 && p.len_q > 64) run<Shape<T, HEAD_DIM, M, false, false>>(p, true);
   else run<Shape<T, HEAD_DIM, 1, false, true>>(p, false);
 }
 
