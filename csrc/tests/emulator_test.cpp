@@ -844,6 +844,7 @@ void test_launch_errors() {
   CHECK(contains(registers(register_kernel<240>, true), "setmaxnreg"));
   setenv("FASTATTN_EMULATE_CAPABILITY", "80", 1);
   CHECK(device_info().capability == 80);
+  CHECK(contains(registers(register_kernel<240>, false), "capability 80"));
   CHECK(!refused(dim3(1), dim3(32), 163 * 1024));
   CHECK(refused(dim3(1), dim3(32), 163 * 1024 + 1));
   unsetenv("FASTATTN_EMULATE_CAPABILITY");

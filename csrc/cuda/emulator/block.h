@@ -109,6 +109,7 @@ struct Warp {
 class Block {
  public:
   const char* kernel_name = "";
+  int capability = 0;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barriers[kNumBarriers];

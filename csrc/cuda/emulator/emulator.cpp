@@ -165,6 +165,7 @@ class Runner {
   Runner(const char* kernel_name, dim3 grid, dim3 block_size, size_t shared_bytes, void (*body)(void*), void* context)
       : grid_(grid), block_size_(block_size), body_(body), context_(context) {
     block_.kernel_name = kernel_name;
+    block_.capability = device_info().capability;
     block_.shared_bytes = shared_bytes;
     const int count = static_cast<int>(block_size.x * block_size.y * block_size.z);
     block_.threads.resize(static_cast<size_t>(count));

@@ -205,6 +205,11 @@ void multiply_m16n8k16(bool is_bfloat16, float* c, const uint32_t* a, uint32_t b
 
 namespace {
 
+// Kernels with these instructions are compiled for sm_90a, and do nothing on other devices.
+void require_hopper(const char* what) {
+  if (block->capability != 90) fail("%s on a device of capability %d", what, block->capability);
+}
+
 MBarrier read_mbarrier(const uint64_t* address, const char* what) {
   checked_shared(*thread, address, sizeof(MBarrier), alignof(uint64_t), what);
   MBarrier barrier;
@@ -232,6 +237,7 @@ void count_arrival(MBarrier& barrier, const char* what) {
 }  // namespace
 
 void mbarrier_init(uint64_t* address, int arrivals) {
+  require_hopper("mbarrier.init");
   checked_shared(*thread, address, sizeof(MBarrier), alignof(uint64_t), "mbarrier.init");
   if (arrivals < 1 || arrivals > kMaxArrivals) fail("mbarrier.init: %d arrivals", arrivals);
   if (race_observer) race_observer->write(*thread, address, sizeof(MBarrier), "mbarrier.init");
@@ -377,6 +383,7 @@ void linear_load(void* destination, const void* source, uint32_t bytes, uint64_t
 }
 
 void tensor_store(const EmulatedTensorMap& map, const void* source, int column, int row, int head, int batch) {
+  require_hopper("TMA store");
   BulkTransfer transfer = {};
   transfer.bytes = box_bytes(map);
   transfer.shared = checked_shared(*thread, source, transfer.bytes, kSwizzleAlignment, "TMA store");
@@ -574,6 +581,7 @@ void run_wgmma_wait(uint32_t, void* const (&operands)[32]) {
 const Collective kWgmmaWait = {"wgmma.wait_group", run_wgmma_wait};
 
 void check_warpgroup(const char* what) {
+  require_hopper(what);
   if (static_cast<size_t>(thread->index / kWarpgroupSize + 1) * kWarpgroupSize > block->threads.size()) {
     fail("%s: the thread is not in a complete warpgroup of %d threads", what, kWarpgroupSize);
   }
