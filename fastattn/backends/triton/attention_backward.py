@@ -24,6 +24,7 @@ from fastattn.backends.triton.common import (
     block_dim,
     dot,
     dot_precision,
+    dropout_factors,
     dropout_keep,
     dropout_limit,
     full_tile,
@@ -34,6 +35,7 @@ from fastattn.backends.triton.common import (
     may_attend,
     on_device,
     partial_tile,
+    probability,
     rows_of,
     shift_of,
     store_rows,
@@ -113,13 +115,14 @@ def _grad_scores(
     seed,
     dropout_limit,
     dropout_scale,
+    dropout_rest,
     b,
     h,
     m0,
     n0,
     len_q,
     len_k,
-    scale_log2,
+    scale,
     MASKED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -128,27 +131,27 @@ def _grad_scores(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(p after dropout but for its factor, ds before the scale), [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] TRANSPOSED.
+    """(p after dropout but for `dropout_rest`, ds before the scale): [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M].
 
     OWN_DELTA: every key is in the tile, so the row sum of p dp is at hand, and `delta` holds only what comes on top.
     """
     if TRANSPOSED:
         rows = (m0 + tl.arange(0, BLOCK_M))[None, :]
         cols = (n0 + tl.arange(0, BLOCK_N))[:, None]
-        s = dot(k, tl.trans(q), None, PRECISION) * scale_log2
+        s = dot(k, tl.trans(q), None, PRECISION) * scale
     else:
         rows = (m0 + tl.arange(0, BLOCK_M))[:, None]
         cols = (n0 + tl.arange(0, BLOCK_N))[None, :]
-        s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
+        s = dot(q, tl.trans(k), None, PRECISION) * scale
     if bias_ptr is not None:
         s += load_bias(bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k)
     if MASKED:
         keep = may_attend(mask, b, h, rows, cols, n0, len_q, len_k, BLOCK_N)
         s = tl.where(keep, s, NEG_INF)
     if TRANSPOSED:
-        p = tl.math.exp2(s - shift[None, :])
+        p = probability(s, shift[None, :])
     else:
-        p = tl.math.exp2(s - shift[:, None])
+        p = probability(s, shift[:, None])
     if weights_ptr is not None:
         dp = _load_grad_weights(weights_ptr, stride_w, weight_scale, b, h, rows, cols, len_q, len_k)
     elif TRANSPOSED:
@@ -160,8 +163,8 @@ def _grad_scores(
         survives = dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N)
         if TRANSPOSED:
             survives = tl.trans(survives)
-        dp = tl.where(survives, dp * dropout_scale, 0.0)
-        dropped_p = tl.where(survives, p, 0.0)
+        dp = tl.where(survives, dp * (dropout_scale * dropout_rest), 0.0)
+        dropped_p = tl.where(survives, p * dropout_scale, 0.0)
     if OWN_DELTA:
         product = p * dp
         if MASKED:
@@ -226,10 +229,10 @@ def attention_backward_dq_kernel(
     len_k,
     num_m,
     scale,
-    scale_log2,
     weight_scale,
     dropout_limit,
     dropout_scale,
+    dropout_rest,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -278,7 +281,7 @@ def attention_backward_dq_kernel(
                 v = load_rows(v_ptr, stride_v[2], cols, live, HEAD_DIM_V, BLOCK_DV, masked)
             _, ds = _grad_scores(
                 *(q, k, v, do, shift, delta, weights_ptr, stride_w, weight_scale, bias_ptr, stride_bias, mask, seed),
-                *(dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
+                *(dropout_limit, dropout_scale, dropout_rest, b, h, m0, n0, len_q, len_k, scale),
                 *(masked, HAS_DROPOUT, False, False, BLOCK_M, BLOCK_N, PRECISION),
             )
             dq = dot(ds.to(k.dtype), k, dq, PRECISION)
@@ -318,10 +321,10 @@ def attention_backward_dkv_kernel(
     len_k,
     num_n,
     scale,
-    scale_log2,
     weight_scale,
     dropout_limit,
     dropout_scale,
+    dropout_rest,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -377,7 +380,7 @@ def attention_backward_dkv_kernel(
                 shift, delta = _load_row_state(lse_ptr, delta_ptr, row_base, rows, len_q)
                 p, ds = _grad_scores(
                     *(q, k, v, do, shift, delta, weights_ptr, stride_w, weight_scale, bias_ptr, stride_bias, mask),
-                    *(seed, dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
+                    *(seed, dropout_limit, dropout_scale, dropout_rest, b, h, m0, n0, len_q, len_k, scale),
                     *(masked, HAS_DROPOUT, True, False, BLOCK_M, BLOCK_N, PRECISION),
                 )  # [BLOCK_N, BLOCK_M]
                 if do_ptr is not None:
@@ -385,7 +388,7 @@ def attention_backward_dkv_kernel(
                 dk = dot(ds.to(q.dtype), q, dk, PRECISION)
     store_rows(dk_ptr, stride_dk[2], cols, cols < len_k, dk * scale, HEAD_DIM, BLOCK_D)
     if dv_ptr is not None:
-        store_rows(dv_ptr, stride_dv[2], cols, cols < len_k, dv * dropout_scale, HEAD_DIM_V, BLOCK_DV)
+        store_rows(dv_ptr, stride_dv[2], cols, cols < len_k, dv * dropout_rest, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=["dropout_limit"])
@@ -424,10 +427,11 @@ def attention_backward_dbias_kernel(
     sum_per_split,
     num_own,
     split_size,
-    scale_log2,
+    scale,
     weight_scale,
     dropout_limit,
     dropout_scale,
+    dropout_rest,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -485,7 +489,7 @@ def attention_backward_dbias_kernel(
         shift, delta = _load_row_state(lse_ptr, delta_ptr, row_base, rows, len_q)
         _, ds = _grad_scores(
             *(q, k, v, do, shift, delta, weights_ptr, stride_w, weight_scale, bias_ptr, stride_bias, mask, seed),
-            *(dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
+            *(dropout_limit, dropout_scale, dropout_rest, b, h, m0, n0, len_q, len_k, scale),
             *(True, HAS_DROPOUT, False, False, BLOCK_M, BLOCK_N, PRECISION),
         )
         acc += ds
@@ -535,9 +539,9 @@ def attention_backward_short_kernel(
     len_q,
     len_k,
     scale,
-    scale_log2,
     dropout_limit,
     dropout_scale,
+    dropout_rest,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -580,7 +584,7 @@ def attention_backward_short_kernel(
             delta = _less_grad_lse(delta, grad_lse_ptr, stride_glse, lse_ptr + row_base, b, h, rows, valid)
             p, ds = _grad_scores(
                 *(q, k, v, do, shift, delta, None, stride_bias, 1.0, bias_ptr, stride_bias, mask, seed),
-                *(dropout_limit, dropout_scale, b, h, m0, n0, len_q, len_k, scale_log2),
+                *(dropout_limit, dropout_scale, dropout_rest, b, h, m0, n0, len_q, len_k, scale),
                 *(True, HAS_DROPOUT, True, True, BLOCK_M, BLOCK_N, PRECISION),
             )  # [BLOCK_N, BLOCK_M]
             ds = ds.to(k.dtype)
@@ -596,7 +600,7 @@ def attention_backward_short_kernel(
     dk_head = dk_ptr + b * stride_dk[0] + h_kv * stride_dk[1]
     store_rows(dk_head, stride_dk[2], cols, cols < len_k, dk * scale, HEAD_DIM, BLOCK_D)
     dv_head = dv_ptr + b * stride_dv[0] + h_kv * stride_dv[1]
-    store_rows(dv_head, stride_dv[2], cols, cols < len_k, dv * dropout_scale, HEAD_DIM_V, BLOCK_DV)
+    store_rows(dv_head, stride_dv[2], cols, cols < len_k, dv * dropout_rest, HEAD_DIM_V, BLOCK_DV)
 
 
 class Launch:
@@ -634,8 +638,8 @@ class Launch:
             stride_weights,
         )
         self.sizes = (self.Hq, self.group, self.L, self.S)
-        self.scale, self.scale_log2 = scale, scale * config.LOG2E
-        self.weights_and_dropout = (weight_scale, limit, 1 / (1 - dropout_p))
+        self.scale = scale
+        self.weights_and_dropout = (weight_scale, limit, *dropout_factors(dropout_p))
         self.constants: dict[str, Any] = dict(
             HAS_DROPOUT=limit >= 0,
             HEAD_DIM=self.D,
@@ -662,11 +666,11 @@ class Launch:
             num_m = triton.cdiv(self.L, chosen.block_m)
             attention_backward_dq_kernel[(self.B * self.Hq * num_m,)](
                 *(*self.tensors, self.tiles(chosen, True), grad_query, grad_lse, *self.strides, rows_of(grad_query)),
-                *(*self.sizes, num_m, self.scale, self.scale_log2, *self.weights_and_dropout),
+                *(*self.sizes, num_m, self.scale, *self.weights_and_dropout),
                 **self._constants(chosen),
             )
 
-        config.tuned("dq", self.query, max(self.D, self.Dv), self.mask, launch)
+        config.tuned("dq", self.query, max(self.D, self.Dv), self.mask, self.bias, launch)
 
     def dkv(self, grad_key: Tensor, grad_value: Tensor | None) -> None:
         if not self.B * self.Hkv * self.S:
@@ -676,12 +680,12 @@ class Launch:
             num_n = triton.cdiv(self.S, chosen.block_n)
             attention_backward_dkv_kernel[(self.B * self.Hkv * num_n,)](
                 *(*self.tensors, self.tiles(chosen, False), grad_key, grad_value, *self.strides),
-                *(rows_of(grad_key), rows_of(grad_value), *self.sizes, num_n, self.scale, self.scale_log2),
+                *(rows_of(grad_key), rows_of(grad_value), *self.sizes, num_n, self.scale),
                 *self.weights_and_dropout,
                 **self._constants(chosen),
             )
 
-        config.tuned("dkv", self.query, max(self.D, self.Dv), self.mask, launch)
+        config.tuned("dkv", self.query, max(self.D, self.Dv), self.mask, self.bias, launch)
 
     def dbias(self) -> Tensor:
         """The gradient of the bias in its own shape and dtype."""
@@ -689,7 +693,7 @@ class Launch:
         assert bias is not None
         if not bias.numel() or not self.B * self.Hq * self.L * self.S:
             return torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-        chosen = config.table("dbias", self.query, max(self.D, self.Dv), self.mask)
+        chosen = config.table("dbias", self.query, max(self.D, self.Dv), self.mask, bias)
         Bb, Hb, Lb, Sb = bias.shape
         num_m, num_n = triton.cdiv(self.L, chosen.block_m), triton.cdiv(self.S, chosen.block_n)
         # A length of 1 that is also the problem's is its own: nothing to add.
@@ -705,7 +709,7 @@ class Launch:
         attention_backward_dbias_kernel[(num_own * splits,)](
             *(*self.tensors, self.tiles(chosen, False), partial, *self.strides, *self.sizes),
             *(Hb, Lb, Sb, own_m, own_n, sum_h, sum_m, sum_n, sum_all, per_split, num_own, bias.numel()),
-            *(self.scale_log2, *self.weights_and_dropout),
+            *(self.scale, *self.weights_and_dropout),
             **self._constants(chosen),
             ROWS_SHARED=shared[2],
             COLS_SHARED=shared[3],
@@ -782,12 +786,12 @@ def _short(
     grad_value: Tensor,
 ) -> None:
     query, bias = launch.query, launch.bias
-    weight_scale, limit, dropout_scale = launch.weights_and_dropout
+    _, limit, *factors = launch.weights_and_dropout
     attention_backward_short_kernel[(launch.B * launch.Hkv,)](
         *(query, key, value, bias, grad_out, lse, grad_lse, launch.seed, launch.operands, TileOperands()),
         *(grad_query, grad_key, grad_value, *launch.strides[:5], rows_of(grad_lse)),
         *(rows_of(grad_query), rows_of(grad_key), rows_of(grad_value), *launch.sizes),
-        *(launch.scale, launch.scale_log2, limit, dropout_scale),
+        *(launch.scale, limit, *factors),
         **launch.constants,
         **chosen.constants(),
     )

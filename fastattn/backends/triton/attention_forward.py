@@ -17,6 +17,7 @@ from fastattn.backends.triton.common import (
     block_dim,
     dot,
     dot_precision,
+    dropout_factors,
     dropout_keep,
     dropout_limit,
     full_tile,
@@ -38,33 +39,31 @@ from fastattn.masks import KernelMask
 
 @triton.jit
 def _scores(
-    q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD: tl.constexpr, PRECISION: tl.constexpr
+    q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale, FOLD: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """Scores [BLOCK_M, BLOCK_N] in units of log 2; FOLD: still without the scale, which the exponential takes in."""
+    """Scores [BLOCK_M, BLOCK_N]; FOLD: still without the scale, which the exponential takes in."""
     s = dot(q, tl.trans(k), None, PRECISION)
     if not FOLD:
-        s = s * scale_log2
+        s = s * scale
     if bias_ptr is not None:
         s += load_bias(bias_ptr, stride_bias, b, h, rows[:, None], cols[None, :], len_q, len_k)
     return s
 
 
 @triton.jit
-def _softmax_step(s, m_i, l_i, scale_log2, FOLD: tl.constexpr, MASKED: tl.constexpr):
-    """One tile of the online softmax: (p, new maximum, factor for what was accumulated, new sum)."""
-    if FOLD:
-        m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
-    else:
-        m_new = tl.maximum(m_i, tl.max(s, 1))
+def _softmax_step(s, m_i, l_i, to_log2, MASKED: tl.constexpr):
+    """One tile of the online softmax: (p, new maximum, factor for what was accumulated, new sum).
+
+    The maximum is subtracted before the product with `to_log2`: the difference is exactly 0 at the maximum however
+    large the scores are, where the rounding of a product of them would decide.
+    """
+    m_new = tl.maximum(m_i, tl.max(s, 1))
     shift = m_new
     if MASKED:
         # A row that has seen nothing: -inf - -inf would be NaN.
         shift = tl.where(m_new == NEG_INF, 0.0, m_new)
-    if FOLD:
-        p = tl.math.exp2(s * scale_log2 - shift[:, None])
-    else:
-        p = tl.math.exp2(s - shift[:, None])
-    alpha = tl.math.exp2(m_i - shift)
+    p = tl.math.exp2((s - shift[:, None]) * to_log2)
+    alpha = tl.math.exp2((m_i - shift) * to_log2)
     return p, m_new, alpha, l_i * alpha + tl.sum(p, 1)
 
 
@@ -85,13 +84,15 @@ def _forward_tiles(
     plan,
     seed,
     dropout_limit,
+    dropout_scale,
     b,
     h,
     m0,
     rows,
     len_q,
     len_k,
-    scale_log2,
+    scale,
+    to_log2,
     FOLD: tl.constexpr,
     MASKED: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -118,14 +119,14 @@ def _forward_tiles(
         else:
             live = cols < len_k
         k = load_rows(k_ptr, stride_kn, cols, live, HEAD_DIM, BLOCK_D, MASKED)  # [BLOCK_N, BLOCK_D]
-        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
+        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale, FOLD, PRECISION)
         if MASKED:
             keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
             s = tl.where(keep, s, NEG_INF)
-        p, m_i, alpha, l_i = _softmax_step(s, m_i, l_i, scale_log2, FOLD, MASKED or bias_ptr is not None)
+        p, m_i, alpha, l_i = _softmax_step(s, m_i, l_i, to_log2, MASKED or bias_ptr is not None)
         acc = acc * alpha[:, None]
         if HAS_DROPOUT:
-            p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
+            p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p * dropout_scale, 0.0)
         v = load_rows(v_ptr, stride_vn, cols, live, HEAD_DIM_V, BLOCK_DV, MASKED)  # [BLOCK_N, BLOCK_DV]
         acc = dot(p.to(v.dtype), v, acc, PRECISION)
     return acc, m_i, l_i
@@ -141,16 +142,19 @@ def _store_output(
     lse_ptr,
     rows,
     len_q,
-    dropout_scale,
+    scale,
+    dropout_rest,
+    FOLD: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
     valid = rows < len_q
     empty = l_i == 0.0  # NaN is not empty
-    # What dropout keeps is scaled here, once a row.
-    out = acc * (dropout_scale / tl.where(empty, 1.0, l_i))[:, None]
+    out = acc * (dropout_rest / tl.where(empty, 1.0, l_i))[:, None]
     store_rows(out_ptr, stride_om, rows, valid, out, HEAD_DIM_V, BLOCK_DV)
-    lse = tl.where(empty, NEG_INF, (m_i + tl.math.log2(tl.where(empty, 1.0, l_i))) * LN2)
+    if FOLD:
+        m_i = m_i * scale
+    lse = tl.where(empty, NEG_INF, m_i + tl.math.log2(tl.where(empty, 1.0, l_i)) * LN2)
     tl.store(lse_ptr + rows, lse, mask=valid)
 
 
@@ -175,9 +179,11 @@ def attention_forward_kernel(
     len_q,
     len_k,
     num_m,
-    scale_log2,
+    scale,
+    to_log2,  # log2 e, with FOLD times the scale
     dropout_limit,
-    dropout_scale,
+    dropout_scale,  # see dropout_factors
+    dropout_rest,
     FOLD: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -212,11 +218,13 @@ def attention_forward_kernel(
     for masked in tl.static_range(2):
         acc, m_i, l_i = _forward_tiles(
             *(acc, m_i, l_i, q, k_ptr, v_ptr, stride_k[2], stride_v[2], bias_ptr, stride_bias, mask, tiles, plan, seed),
-            *(dropout_limit, b, h, m0, rows, len_q, len_k, scale_log2, FOLD, masked, HAS_DROPOUT),
+            *(dropout_limit, dropout_scale, b, h, m0, rows, len_q, len_k, scale, to_log2, FOLD, masked, HAS_DROPOUT),
             *(HEAD_DIM, HEAD_DIM_V, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION),
         )
-    lse_ptr += bh * len_q
-    _store_output(acc, m_i, l_i, out_ptr, stride_o[2], lse_ptr, rows, len_q, dropout_scale, HEAD_DIM_V, BLOCK_DV)
+    _store_output(
+        *(acc, m_i, l_i, out_ptr, stride_o[2], lse_ptr + bh * len_q, rows, len_q, scale, dropout_rest),
+        *(FOLD, HEAD_DIM_V, BLOCK_DV),
+    )
 
 
 @triton.jit(do_not_specialize=["dropout_limit"])
@@ -241,9 +249,11 @@ def attention_forward_short_kernel(
     len_k,
     num_parts,
     rows_per_program,  # a multiple of BLOCK_M
-    scale_log2,
+    scale,
+    to_log2,  # log2 e, with FOLD times the scale
     dropout_limit,
-    dropout_scale,
+    dropout_scale,  # see dropout_factors
+    dropout_rest,
     FOLD: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -277,26 +287,24 @@ def attention_forward_short_kernel(
     for m0 in range(first_row, tl.minimum(first_row + rows_per_program, len_q), BLOCK_M):
         rows = m0 + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
-        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale_log2, FOLD, PRECISION)
+        s = _scores(q, k, bias_ptr, stride_bias, b, h, rows, cols, len_q, len_k, scale, FOLD, PRECISION)
         keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
         s = tl.where(keep, s, NEG_INF)
         m_i = tl.max(s, 1)
-        if FOLD:
-            m_i = m_i * scale_log2
         shift = tl.where(m_i == NEG_INF, 0.0, m_i)
-        if FOLD:
-            p = tl.math.exp2(s * scale_log2 - shift[:, None])
-        else:
-            p = tl.math.exp2(s - shift[:, None])
+        p = tl.math.exp2((s - shift[:, None]) * to_log2)
         l_i = tl.sum(p, 1)
         if HAS_DROPOUT:
-            p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
+            p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p * dropout_scale, 0.0)
         v_seen = v
         if (mask.query_segments is not None) or (mask.bits is not None):
             # Here no arithmetic tells which keys nobody attends to: 0 * NaN would be NaN.
             v_seen = tl.where((tl.max(keep.to(tl.int32), 0) > 0)[:, None], v, 0.0)
         acc = dot(p.to(v.dtype), v_seen, None, PRECISION)
-        _store_output(acc, m_i, l_i, out_ptr, stride_o[2], lse_ptr, rows, len_q, dropout_scale, HEAD_DIM_V, BLOCK_DV)
+        _store_output(
+            *(acc, m_i, l_i, out_ptr, stride_o[2], lse_ptr, rows, len_q, scale, dropout_rest),
+            *(FOLD, HEAD_DIM_V, BLOCK_DV),
+        )
 
 
 def attention_forward(
@@ -321,10 +329,12 @@ def attention_forward(
     tensors = (query, key, value, bias, out, lse, dropout_seed if limit >= 0 else None, operands)
     strides = (rows_of(query), rows_of(key), rows_of(value), strides_of(bias), rows_of(out))
     sizes = (Hq, Hq // key.shape[1], L, S)
-    scalars = (scale * config.LOG2E, limit, 1 / (1 - dropout_p))
+    # The exponential takes the scale in when the order of the scores does not depend on it; a product with log2 e that
+    # a GPU takes for 0 would make NaN of an infinite difference.
+    fold = bias is None and scale * config.LOG2E >= torch.finfo(torch.float32).tiny
+    scalars = (scale, scale * config.LOG2E if fold else config.LOG2E, limit, *dropout_factors(dropout_p))
     constants = dict(
-        # The exponential takes the scale in when the order of the scores does not depend on it.
-        FOLD=bias is None and scale > 0,
+        FOLD=fold,
         HAS_DROPOUT=limit >= 0,
         HEAD_DIM=D,
         HEAD_DIM_V=Dv,
@@ -359,5 +369,5 @@ def attention_forward(
         if short is not None:
             launch_short(short)
         else:
-            config.tuned("forward", query, max(D, Dv), mask, launch)
+            config.tuned("forward", query, max(D, Dv), mask, bias, launch)
     return out, lse

@@ -18,6 +18,7 @@ from fastattn.backends.triton.common import (
     load_rows,
     may_attend,
     on_device,
+    probability,
     shift_of,
     strides_of,
 )
@@ -45,7 +46,7 @@ def attention_weights_kernel(
     num_n,
     heads_out,
     heads_summed,  # heads_q when averaged, else 1
-    scale_log2,
+    scale,
     weight_scale,  # what dropout and the mean multiply by
     dropout_limit,
     HAS_DROPOUT: tl.constexpr,
@@ -73,12 +74,12 @@ def attention_weights_kernel(
         k_head = k_ptr + b * stride_k[0] + h // group * stride_k[1]
         q = load_rows(q_head, stride_q[2], rows, rows < len_q, HEAD_DIM, BLOCK_D, True)
         k = load_rows(k_head, stride_k[2], cols, live, HEAD_DIM, BLOCK_D, True)
-        s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
+        s = dot(q, tl.trans(k), None, PRECISION) * scale
         if bias_ptr is not None:
             s += load_bias(bias_ptr, stride_bias, b, h, rows[:, None], cols[None, :], len_q, len_k)
         keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
         shift = shift_of(tl.load(lse_ptr + (b * heads_q + h) * len_q + rows, mask=rows < len_q, other=NEG_INF))
-        p = tl.math.exp2(tl.where(keep, s, NEG_INF) - shift[:, None])
+        p = probability(tl.where(keep, s, NEG_INF), shift[:, None])
         if HAS_DROPOUT:
             p = tl.where(dropout_keep(seed, dropout_limit, b, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
         acc += p
@@ -111,12 +112,12 @@ def attention_weights(
         chosen = config.weights(query, launch.D)
         num_m, num_n = triton.cdiv(L, chosen.block_m), triton.cdiv(S, chosen.block_n)
         heads_out, heads_summed = (1, Hq) if average_heads else (Hq, 1)
-        _, limit, dropout_scale = launch.weights_and_dropout
+        _, limit, *factors = launch.weights_and_dropout
         constants = {name: launch.constants[name] for name in ("HAS_DROPOUT", "HEAD_DIM", "BLOCK_D", "PRECISION")}
         attention_weights_kernel[(B * heads_out * num_m * num_n,)](
             *(query, key, bias, lse, launch.seed, launch.operands, launch.tiles(chosen, False), weights),
             *(*launch.strides[:2], strides_of(bias), *launch.sizes, num_m, num_n, heads_out, heads_summed),
-            *(launch.scale_log2, dropout_scale / heads_summed, limit),
+            *(launch.scale, factors[0] * factors[1] / heads_summed, limit),
             **constants,
             **chosen.constants(),
         )

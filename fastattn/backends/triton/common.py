@@ -127,8 +127,8 @@ def block_dim(head_dim: int) -> int:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How float32 products are made: in full, unless torch's own switch allows tf32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    # `fp32_precision` follows the older switches too; those raise once a program has set the newer one.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -139,6 +139,17 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 def dropout_limit(dropout_p: float) -> int:
     """An element is dropped when its random word is at most this; -1 drops none (p is 0, or below 2**-32)."""
     return min(int(dropout_p * 2**32), 2**32) - 1
+
+
+def dropout_factors(dropout_p: float) -> tuple[float, float]:
+    """1 / (1 - p) as two factors: for a probability before it is rounded to the dtype of the problem, and for the sums.
+
+    The first is all of it as far as float16 can hold the product: a small probability that is scaled only after it was
+    rounded has lost 1 / (1 - p) times what the dtype allows, or has become 0.
+    """
+    scale = 1 / (1 - dropout_p)
+    first = min(scale, 2.0**15)
+    return first, scale / first
 
 
 # Mask ----------------------------------------------------------------------------------------------------------------
@@ -370,12 +381,19 @@ def store_rows(ptr, stride, rows, valid, x, DIM: tl.constexpr, BLOCK_DIM: tl.con
 
 @triton.jit
 def load_bias(bias_ptr, stride, b, h, rows, cols, len_q, len_k):
-    """A tile of the bias in units of log 2; rows and cols broadcast together."""
+    """A tile of the bias; rows and cols broadcast together."""
     pointers = bias_ptr + b * stride[0] + h * stride[1] + rows.to(tl.int64) * stride[2] + cols.to(tl.int64) * stride[3]
-    return tl.load(pointers, mask=(rows < len_q) & (cols < len_k), other=0.0).to(tl.float32) * LOG2E
+    return tl.load(pointers, mask=(rows < len_q) & (cols < len_k), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def shift_of(lse):
-    """The shift for 2^(x - shift) = probability, from lse: an empty row (-inf) has no probability."""
-    return tl.where(lse == NEG_INF, POS_INF, lse * LOG2E)
+    """The shift for e^(score - shift) = probability, from lse: an empty row (-inf) has no probability."""
+    return tl.where(lse == NEG_INF, POS_INF, lse)
+
+
+@triton.jit
+def probability(s, shift):
+    """e^(s - shift). The difference is taken first: where one key takes all of a row, lse is its score, and the
+    probability is exactly 1 however large the score is."""
+    return tl.math.exp2((s - shift) * LOG2E)

@@ -35,13 +35,18 @@ class Config:
     num_stages: int = 2
 
     def constants(self) -> dict[str, int]:
-        """As keyword arguments of a launch."""
-        return dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+        """As keyword arguments of a launch.
+
+        Products and sums are not fused: scale S is to be rounded before lse, which was rounded too, is subtracted.
+        Fused they would differ by the rounding of lse, which for large scores is anything.
+        """
+        sizes = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n, num_warps=self.num_warps, num_stages=self.num_stages)
+        return sizes | dict(enable_fp_fusion=False)
 
 
 # (kernel, generation, head dim as a tile holds it) -> configuration of 16-bit problems. The generations before 9.0 have
-# 163 KB of shared memory a block, the later ones 227 KB. "listed" is for masks whose live tiles are listed; without
-# such a line the plain one holds.
+# 163 KB of shared memory a block, the later ones 227 KB. "general" is for what a tile has to read beside keys and
+# values: a bias, or a mask whose live tiles are listed. A generation without such a line takes its plain one.
 _HALF: dict[tuple[str, int, int], Config] = {
     ("forward", 80, 64): Config(128, 64, 8, 3),
     ("forward", 80, 128): Config(128, 64, 8, 3),
@@ -49,37 +54,46 @@ _HALF: dict[tuple[str, int, int], Config] = {
     ("forward", 90, 64): Config(128, 64, 4, 3),
     ("forward", 90, 128): Config(128, 128, 8, 2),
     ("forward", 90, 256): Config(128, 64, 8, 2),
-    ("forward listed", 90, 128): Config(128, 64, 8, 3),
+    ("forward general", 90, 128): Config(128, 64, 8, 3),
+    ("forward general", 100, 256): Config(64, 64, 8, 2),
     ("dq", 80, 64): Config(64, 64, 4, 2),
     ("dq", 80, 128): Config(64, 64, 8, 2),
     ("dq", 80, 256): Config(64, 32, 8, 2),
+    ("dq general", 80, 64): Config(64, 64, 8, 2),
+    ("dq general", 80, 256): Config(32, 32, 8, 2),
     ("dq", 90, 64): Config(128, 64, 8, 3),
     ("dq", 90, 128): Config(128, 64, 8, 2),
     ("dq", 90, 256): Config(64, 32, 8, 2),
     ("dkv", 80, 64): Config(64, 128, 8, 2),
     ("dkv", 80, 128): Config(32, 128, 8, 2),
     ("dkv", 80, 256): Config(32, 64, 8, 2),
+    ("dkv general", 80, 64): Config(32, 128, 8, 2),
+    ("dkv general", 80, 128): Config(64, 64, 8, 2),
     ("dkv", 90, 64): Config(64, 128, 8, 2),
     ("dkv", 90, 128): Config(32, 128, 8, 2),
     ("dkv", 90, 256): Config(32, 64, 8, 2),
     ("dbias", 80, 64): Config(64, 64, 4, 2),
     ("dbias", 80, 128): Config(64, 64, 8, 2),
-    ("dbias", 80, 256): Config(64, 64, 8, 1),
+    ("dbias", 80, 256): Config(32, 64, 8, 1),
+    ("dbias", 90, 256): Config(64, 64, 8, 1),
 }
 # float32 is computed by the ordinary arithmetic units, whose tiles hold operands in registers: small ones.
 _FLOAT32: dict[tuple[str, int, int], Config] = {
     ("forward", 80, 64): Config(64, 32, 8, 2),
     ("forward", 80, 128): Config(64, 32, 8, 2),
     ("forward", 80, 256): Config(16, 32, 4, 2),
+    ("forward", 90, 128): Config(32, 16, 4, 2),
+    ("forward", 90, 256): Config(32, 16, 8, 2),
     ("dq", 80, 64): Config(32, 32, 4, 2),
     ("dq", 80, 128): Config(32, 32, 8, 2),
     ("dq", 80, 256): Config(32, 16, 8, 2),
     ("dkv", 80, 64): Config(32, 32, 4, 2),
     ("dkv", 80, 128): Config(32, 32, 8, 2),
     ("dkv", 80, 256): Config(16, 32, 8, 2),
+    ("dkv", 90, 128): Config(16, 32, 8, 2),
     ("dbias", 80, 64): Config(32, 32, 4, 2),
     ("dbias", 80, 128): Config(32, 32, 8, 2),
-    ("dbias", 80, 256): Config(16, 16, 4, 2),
+    ("dbias", 80, 256): Config(16, 16, 8, 2),
 }
 # In the interpreter: few elements, and tiles whose two sides differ.
 _INTERPRETED = {
@@ -88,14 +102,19 @@ _INTERPRETED = {
     "dkv": Config(64, 32),
     "dbias": Config(64, 64),
 }
-# Bytes of stack that a kernel may spill at a head dim, where no smaller tile keeps the tensor cores busy.
+# Bytes that a thread may spill, of up to 1020 in its registers, by the head dim of its tile.
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
+    ("attention_forward_kernel", 64): 8,  # tf32 on 8.0
     ("attention_forward_kernel", 128): 32,
     ("attention_forward_kernel", 256): 32,
     ("attention_forward_short_kernel", 64): 64,
+    ("attention_forward_short_kernel", 128): 16,
+    ("attention_backward_dq_kernel", 64): 8,  # tf32 on 9.0
+    ("attention_backward_dq_kernel", 256): 8,  # float32 with a bias on 8.0
     ("attention_backward_dkv_kernel", 64): 16,
     ("attention_backward_dkv_kernel", 128): 16,
     ("attention_backward_dkv_kernel", 256): 160,
+    ("attention_backward_short_kernel", 256): 32,
 }
 
 
@@ -124,40 +143,47 @@ def capability(tensor: Tensor) -> int:
     return 80 if major < 9 else 90 if major == 9 else 100
 
 
-def table(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None) -> Config:
+def table(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None, bias: Tensor | None) -> Config:
     """The line for a kernel: "forward", "dq", "dkv" or "dbias"."""
     generation = capability(query)
     if not generation:
         return _INTERPRETED[kernel]
     lines = _FLOAT32 if query.dtype == torch.float32 else _HALF
     dim = max(64, block_dim(head_dim))
-    names = (kernel + " listed", kernel) if is_listed(mask) else (kernel,)
-    for name in names:
-        for known in (100, 90, 80):  # a generation without a line of its own takes the one before
+    names = (kernel + " general", kernel) if is_listed(mask) or bias is not None else (kernel,)
+    for known in (100, 90, 80):  # a generation without a line of its own takes the one before
+        for name in names:
             if known <= generation and (name, known, dim) in lines:
                 return lines[name, known, dim]
     raise KeyError((kernel, generation, dim))
 
 
-def tuned(kernel: str, query: Tensor, head_dim: int, mask: KernelMask | None, launch: Callable[[Config], Any]) -> None:
+def tuned(
+    kernel: str,
+    query: Tensor,
+    head_dim: int,
+    mask: KernelMask | None,
+    bias: Tensor | None,
+    launch: Callable[[Config], Any],
+) -> None:
     """Launches a kernel with the table's configuration; or, with FASTATTN_AUTOTUNE=1, with the best of the candidates,
     which the first launch of each kind times and prints as a line of the table.
 
     `launch` may be called many times, and writes the same results each time.
     """
-    key = (kernel + (" listed" if is_listed(mask) else ""), capability(query), max(64, block_dim(head_dim)))
+    line = table(kernel, query, head_dim, mask, bias)
     if not AUTOTUNE or not query.is_cuda:
-        launch(table(kernel, query, head_dim, mask))
+        launch(line)
         return
+    name = kernel + (" general" if is_listed(mask) or bias is not None else "")
+    key = (name, capability(query), max(64, block_dim(head_dim)))
     kind = (*key, query.dtype == torch.float32)
     if kind not in _found:
-        _found[kind] = _fastest(
-            launch, (table(kernel, query, head_dim, mask), *(Config(*c) for c in CANDIDATES[kernel]))
-        )
+        _found[kind] = _fastest(launch, (line, *(Config(*c) for c in CANDIDATES[kernel])))
         lines = "_FLOAT32" if query.dtype == torch.float32 else "_HALF"
         best = _found[kind]
         sizes = f"{best.block_m}, {best.block_n}, {best.num_warps}, {best.num_stages}"
-        print(f"{lines}:    {key}: Config({sizes}),", flush=True)
+        print(f"{lines}:    {key}: Config({sizes}),".replace("'", '"'), flush=True)
     launch(_found[kind])
 
 
@@ -186,10 +212,11 @@ def forward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
     elements = block_n * block_dim(head_dim)
     if query.dtype == torch.float32:
         return Config(16, block_n, 4, 1) if elements <= 8192 else None
-    # Before 9.0 a product's accumulators lie in registers with its operands: 256 keys do not fit.
-    if elements > 32768 or (block_n > 128 and capability(query) == 80):
+    # Before 9.0 a product's accumulators lie in registers with its operands: 256 keys do not fit. Nor do 128 keys of
+    # head dim 256 in its shared memory.
+    if elements > 32768 or (capability(query) == 80 and (block_n > 128 or elements > 16384)):
         return None
-    return Config(64, block_n, 8 if block_n > 128 else 4, 2)
+    return Config(64, block_n, 8 if block_n > 128 or elements > 8192 else 4, 1 if elements > 16384 else 2)
 
 
 def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
@@ -206,7 +233,7 @@ def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
 
 
 def weights(query: Tensor, head_dim: int) -> Config:
-    return table("dbias", query, head_dim, None)
+    return table("dbias", query, head_dim, None, None)
 
 
 def programs_wanted(tensor: Tensor) -> int:
