@@ -180,8 +180,8 @@ def _check_tensors(input: Tensor, target: Tensor, mask: Tensor) -> torch.dtype:
             raise TypeError(f"{name} must be of dtype {_ACCEPTED_DTYPES}, got {tensor.dtype}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be of dtype bool, True = counts; got {mask.dtype}: pass mask.bool()")
-    # Autocast brings both to float32, as it does for torch's own losses.
-    autocast = torch.is_autocast_enabled(input.device.type)
+    # Autocast brings both to float32, as it does for torch's own losses; the meta device has none.
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
     if target.dtype != input.dtype and not autocast:
         raise TypeError(f"target must have the dtype of input, {input.dtype}, got {target.dtype}")
     if target.shape != input.shape:
