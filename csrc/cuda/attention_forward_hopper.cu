@@ -474,15 +474,18 @@ FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& 
         queue_values(before, tile_before & kFull);
         if (S::kTurns) ptx::named_barrier_arrive(next_turn, 2 * kWarpgroup);
         tile = shared.tile[ring.stage()];
-          ptx::wgmma_wait<1>();
+        ptx::wgmma_wait<1>();
         scores_done(tile);
-        ptx::wgmma_wait<0>();
-        warp_arrive(&shared.value_empty[before.stage()]);
-        // Most tiles raise no maximum of the 16 rows, and a product with 1 changes nothing.
+        // Most tiles raise no maximum of the 16 rows, and a product with 1 changes nothing. The wait is written in both branches:
+        // ptxas moves it up as far as the block of code reaches, and before the branch stands the softmax that is to overlap.
         if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+          ptx::wgmma_wait<0>();
 #pragma unroll
           for (int x = 0; x < kHeadDim / 2; ++x) o[x] *= rescale[x / 2 % 2];
+        } else {
+          ptx::wgmma_wait<0>();
         }
+        warp_arrive(&shared.value_empty[before.stage()]);
         pack_probabilities<T>(p, s);
       }
 
