@@ -316,6 +316,19 @@ void test_masks() {
     }
 }
 
+// More tiles than twice the stages of the rings, and one candidate list of 32 tiles is not enough.
+void test_long() {
+  for (const int64_t dim : {64, 128}) {
+    Problem keys(DType::kBFloat16, {1, 1, 1, 66, 1190, dim, dim}, 250 + dim), queries(DType::kFloat16, {1, 1, 1, 1190, 66, dim, dim}, dim);
+    queries.set_keep();
+    keys.check();
+    queries.check();
+  }
+  Problem segments(DType::kBFloat16, {1, 1, 2, 2100, 40, 16, 16}, 251);
+  segments.set_segments(1);
+  segments.check();
+}
+
 // Every part of a mask with every other, by chance.
 void test_random_problems(int rounds) {
   Random random(300);
@@ -366,6 +379,7 @@ int main(int argc, char** argv) {
   test_able();
   test_dense();
   test_masks();
+  test_long();
   test_random_problems(argc > 1 ? std::stoi(argv[1]) : 10);
   return result("cuda attention backward hopper");
 }
