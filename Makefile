@@ -72,14 +72,15 @@ endif
 test: setup lint cpp-test
 	$(PY) -m pytest tests -n $(JOBS) -q
 
-test-full: setup cpp-test sanitize race-check
+test-full: setup cpp-test sanitize race-check test-triton
 	$(PY) -m pytest tests -n $(JOBS) -q --full -m slow
 	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
 
-# The long walks of the Triton kernels through Triton's interpreter, which is slow.
+# The Triton kernels in Triton's interpreter, which is slow: their long walks, the contracts, random problems.
 test-triton: setup
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels -n $(JOBS) -q --full
+	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton $(PY) -m pytest tests/test_contracts.py -n $(JOBS) -q
 	$(FASTATTN) verify --backend triton --interpret --cases 150
 
 # The C++ tests, and the CUDA kernels as a Python module that executes them on the CPU.

@@ -3,16 +3,8 @@
 `tests/test_triton.py` starts it; by hand: TRITON_INTERPRET=1 python -m pytest tests/triton_kernels
 """
 
-import gc
-
 import pytest
 import torch
-
-from fastattn.testing import triton_interpreter
-
-triton_interpreter.install()
-# Collecting garbage in the middle of a run has crashed the interpreter now and then; why is not known.
-gc.disable()
 
 
 @pytest.fixture(autouse=True)
