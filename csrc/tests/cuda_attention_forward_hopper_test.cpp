@@ -282,6 +282,15 @@ void test_empty_rows() {
   some.check();
 }
 
+// Keys so many that the heads are taken in sections, of 2 heads and of 1.
+void test_sections() {
+  Random random(18);
+  Problem problem(DType::kFloat16, 1, 3, 1, 200, 49000, 8, 8, random);
+  problem.p.mask.band_low = 0;
+  problem.p.mask.band_high = 30;
+  compare_with_definition(problem.p, run(problem.p, 0, problem.rows_first, 0));
+}
+
 // NaN that a query does attend to is not hidden, and stays in its row.
 void test_attended_nan() {
   Random random(15);
@@ -351,6 +360,7 @@ int main(int argc, char**) {
   test_head_dims();
   test_masks();
   test_empty_rows();
+  test_sections();
   test_attended_nan();
   test_large_scores();
   test_random_problems(argc > 1 ? 200 : 20);
