@@ -20,7 +20,8 @@
 // How to build:
 //   * every csrc/cuda/*.cu as C++17 with -DFASTATTN_EMULATE -fno-strict-aliasing (kernels read shared memory as several types)
 //     -Wno-unknown-pragmas, and the sources of this folder with the same definition. Never -ffast-math.
-//   * race check: the kernels with -fsanitize=thread at compile time, this folder without it, and no sanitizer at link time.
+//   * race check: the kernels with -fsanitize=thread -fno-builtin-memset (a loop of stores turned into a call is not seen) at
+//     compile time, this folder without it, and no sanitizer at link time.
 //   * address and undefined-behaviour sanitizers: everything with the same flags.
 // Included by platform.h only.
 #pragma once
