@@ -171,8 +171,7 @@ FASTATTN_DEVICE void store_sums(const Plane<T>& out, T* tile, const Sums<HEAD_DI
 
 // A 64 x 64 tile of one head.
 struct TilePair {
-  int64_t b, h;
-  int i0, j0;
+  int b, h, i0, j0;
   bool full;  // needs no mask, and every key exists
 };
 
@@ -327,12 +326,12 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
   uint64_t* const words = reinterpret_cast<uint64_t*>(stages + kStages<T, HEAD_DIM> * kStage);
   const int thread = threadIdx.x;
   const unsigned item = blockIdx.x / tiles_k, bh = item / tiles_q, heads_out = p.average_heads ? 1 : static_cast<unsigned>(p.heads_q);
-  const int64_t b = bh / heads_out, first = bh % heads_out, last = p.average_heads ? p.heads_q : first + 1;
+  const int b = bh / heads_out, first = bh % heads_out, last = p.average_heads ? static_cast<int>(p.heads_q) : first + 1;
   const int i0 = static_cast<int>(item % tiles_q) * kTile, j0 = static_cast<int>(blockIdx.x % tiles_k) * kTile;
   const int64_t i1 = min64(i0 + kTile, p.len_q), j1 = min64(j0 + kTile, p.len_k);
 
   // The first head from h on that has a live pair here. The same in every thread.
-  const auto next_head = [&](int64_t h, bool& full) {
+  const auto next_head = [&](int h, bool& full) {
     for (; h < last; ++h) {
       const TileClass found = classify(p.mask, summary, b, h, i0, i1, j0, j1);
       if (found == TileClass::kEmpty) continue;
@@ -341,7 +340,7 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
     }
     return h;
   };
-  const auto load = [&](int64_t h, int stage, int thread) {
+  const auto load = [&](int h, int stage, int thread) {
     T* const q = stages + stage * kStage;
     load_tile<T, HEAD_DIM, kTile, kThreads>(q, query_plane<T>(p, b, h), i0, thread);
     load_tile<T, HEAD_DIM, kTile, kThreads>(q + kTileElements<T, HEAD_DIM>, key_plane<T>(p, b, h), j0, thread);
@@ -350,14 +349,14 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
   Sums<kGroups> weights;
   clear(weights[0]);
   bool full = false;
-  int64_t h = next_head(first, full);
+  int h = next_head(first, full);
   if (h < last) load(h, 0, thread);
   ptx::cp_async_commit();
   for (int stage = 0; h < last;) {
     const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
     const TilePair at{b, h, i0, j0, full};
     bool next_full = false;
-    const int64_t next = next_head(h + 1, next_full);
+    const int next = next_head(h + 1, next_full);
     if constexpr (kStages<T, HEAD_DIM> == 2) {
       if (next < last) load(next, stage ^ 1, thread);
       ptx::cp_async_commit();
@@ -425,7 +424,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dq_kernel(const FASTATTN_GRID_CON
   const AttentionWeightsBackwardParams& p = a.p;
   const int thread = threadIdx.x;
   const unsigned bh = blockIdx.x / tiles_q, heads = static_cast<unsigned>(p.heads_q);
-  const int64_t b = bh / heads, h = bh % heads;
+  const int b = bh / heads, h = bh % heads;
   const int i0 = static_cast<int>(blockIdx.x % tiles_q) * kTile;
   const auto load = [&](const TilePair& at, int stage, int thread) {
     load_tile<T, HEAD_DIM, kTile, kThreads>(tiles.streamed(stage), key_plane<T>(p, b, h), at.j0, thread);
@@ -507,7 +506,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CON
   const AttentionWeightsBackwardParams& p = a.p;
   const int thread = threadIdx.x;
   const unsigned bh = blockIdx.x / tiles_k, heads_kv = static_cast<unsigned>(p.heads_kv);
-  const int64_t b = bh / heads_kv, h_kv = bh % heads_kv, group = p.heads_q / p.heads_kv;
+  const int b = bh / heads_kv, h_kv = bh % heads_kv, group = static_cast<int>(p.heads_q / p.heads_kv);
   const int j0 = static_cast<int>(blockIdx.x % tiles_k) * kTile;
   const auto load = [&](const TilePair& at, int stage, int thread) {
     load_tile<T, HEAD_DIM, kTile, kThreads>(tiles.streamed(stage), query_plane<T>(p, b, at.h), at.i0, thread);
@@ -517,7 +516,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CON
 
   Sums<HEAD_DIM / 8> grad_key;
   clear(grad_key[0]);
-  for (int64_t h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+  for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     QueryTiles<kTile, kTile> cursor(p.mask, a.summary, b, h, j0, p.len_q, p.len_k);
     const auto next_pair = [&](TilePair& at) {
       int tile = 0;
@@ -546,9 +545,9 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CON
       const T* const query = tiles.streamed(stage);
       T* const gradient = tiles.gradient(stage);
       Sums<kGroups> s;
+      multiply_scores<T, HEAD_DIM>(s, query, tiles.fixed, thread);
       float shift[4];
       load_shift<T>(shift, p, b, h, at.i0, thread);
-      multiply_scores<T, HEAD_DIM>(s, query, tiles.fixed, thread);
       probabilities<T>(s, p, at, shift, tiles.words, thread);
       score_gradients<T>(s, p, at, gradient, tiles.words, thread);
       put_scores(gradient, s, thread);
@@ -593,7 +592,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_
   Sums<kGroups> total;
   clear(total[0]);
   for (int64_t n = 0; n < bias.sum_batch * bias.sum_heads; ++n) {
-    const int64_t b = bias.own[0] ? b0 : n / bias.sum_heads, h = bias.own[1] ? h0 : n % bias.sum_heads;
+    const int b = static_cast<int>(bias.own[0] ? b0 : n / bias.sum_heads), h = static_cast<int>(bias.own[1] ? h0 : n % bias.sum_heads);
     for (int64_t t = 0; t < bias.sum_q * bias.sum_k; ++t) {
       const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
       const int64_t i0 = (bias.own[2] ? qt : t / bias.sum_k) * kTile, j0 = (bias.own[3] ? kt : t % bias.sum_k) * kTile;

@@ -147,6 +147,12 @@ void check_backward(const AttentionParams& problem, bool average, bool rows_firs
   Tensor grad_weights = make_weights(p, p.query.dtype, average, 3);
   randomize(grad_weights, p.batch, average ? 1 : p.heads_q, p.len_q, p.len_k, random);
   p.grad_weights = grad_weights.ref;
+  // Where no head attends, the gradient may be anything: these masks are the same for every head.
+  for (int64_t b = 0; b < p.batch; ++b)
+    for (int64_t h = 0; h < (average ? 1 : p.heads_q); ++h)
+      for (int64_t i = 0; i < p.len_q; ++i)
+        for (int64_t j = 0; j < p.len_k; ++j)
+          if (!may_attend(p.mask, b, h, i, j)) put(p.grad_weights, b, h, i, j, kNan);
   const int64_t query[] = {p.batch, p.heads_q, p.len_q, p.dim_qk}, key[] = {p.batch, p.heads_kv, p.len_k, p.dim_qk},
                 lse[] = {p.batch, p.heads_q, p.len_q, 1}, bias[] = {p.batch, p.heads_q, p.len_q, p.len_k};
   const Gradients want = define_backward(p);
