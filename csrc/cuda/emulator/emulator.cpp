@@ -235,9 +235,16 @@ class Runner {
     std::abort();
   }
 
-  static __thread Runner* runner;
+  int live() const { return live_; }  // threads that have not returned
+  bool on_fiber() const { return on_fiber_; }
+
+  static void complete(Barrier& barrier);
+
+  static __thread Runner* runner;  // of this OS thread; null when it runs no kernel
 
  private:
+  void release_block_barrier();
+
   void allocate_shared() {
     if (block_.shared_bytes == 0) return;
 #if defined(FASTATTN_ASAN)
@@ -395,7 +402,7 @@ class Runner {
     --live_;
     block_.warps[static_cast<size_t>(t.warp)].alive &= ~(1u << t.lane);
     // A block barrier counts the threads that have not returned.
-    release_block_barrier(live_);
+    release_block_barrier();
   }
 
   void check_canary() {
@@ -451,12 +458,6 @@ class Runner {
   const void* caller_stack_ = nullptr;
   size_t caller_stack_bytes_ = 0;
 #endif
-
- public:
-  int live() const { return live_; }
-  bool on_fiber() const { return on_fiber_; }
-  static void complete(Barrier& barrier);
-  void release_block_barrier(int live);
 };
 
 __thread Runner* Runner::runner = nullptr;
@@ -551,9 +552,9 @@ void Runner::complete(Barrier& barrier) {
   barrier.members.clear();
 }
 
-void Runner::release_block_barrier(int live) {
+void Runner::release_block_barrier() {
   Barrier& barrier = block->barriers[0];
-  if (barrier.expected == -1 && barrier.arrived > 0 && barrier.arrived >= live) complete(barrier);
+  if (barrier.expected == -1 && barrier.arrived > 0 && barrier.arrived >= live_) complete(barrier);
 }
 
 namespace {
