@@ -24,15 +24,17 @@
 // float32, in full precision on the ordinary cores: a block of 256 threads owns 64 rows; a thread computes 4 x 4 scores and
 // 4 x 4 outputs of each 64 columns; K and V stream through two buffers of 64 keys x 64 columns.
 //
-// The shift. Any number near the maximum serves, as long as P, the sum and lse all use the same one. It is kept in units of
-// log 2, rounded once, and fma(S, c, -shift) is exact up to its own rounding: the largest probability is 1 up to the rounding
-// of the shift, whatever the size of the scores, and the quotient P / sum does not see it. It moves, and what was accumulated is
-// rescaled, when a row's maximum has grown by more than 2^8: P stays below 256, far from the end of float16. float32 takes the
-// maximum itself, in every tile, and subtracts it before the product with log2 e, as the CPU does.
+// The shift is subtracted from a score before the product with c: the difference is exactly 0 at the maximum however large the
+// scores are, and lse is exactly the score of a row's only key. Any number near the maximum serves as shift as long as P, the sum
+// and lse use the same one, so that scores of ordinary size move it, and rescale what was accumulated, only when a row's maximum
+// has grown by more than 2^8; P stays below 256. Larger scores, and float32, move it with the maximum.
 //
 // A row's result depends on its own sequence of key tiles only.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "../core/softmax.h"
 #include "kernels.h"
@@ -46,15 +48,26 @@ namespace {
 
 constexpr int kKeys = 64;             // of a tile; one mask word
 constexpr float kLazyGrowth = 8.0f;   // log2
+constexpr float kOrdinary = 1024.0f;  // log2
 constexpr float kMinusInf = -INFINITY;
 constexpr float kLog2 = static_cast<float>(kLog2E);
+
+// How scores become probabilities.
+struct Exponent {
+  float to_log2;    // c of the head of this file, positive: turns scores into units of log 2
+  float headroom;   // log2 of a factor that P and its sum carry
+  float growth;     // the maximum may exceed the shift by this much, in units of the scores,
+  float ordinary;   // where it is smaller than this
+};
 
 // What the host works out once.
 struct Plan {
   MaskSummary summary;
-  float scale;       // of the scores before the bias; used by the general and the float32 kernels
-  float to_log2;     // c of the head of this file: turns what the 16-bit kernels call a score into units of log 2; positive
-  float kept_scale;  // 1 / (1 - dropout)
+  Exponent exponent;
+  float scale;       // of the scores before the bias; not used by the plain kernels
+  float lse_scale;   // of the scores in lse
+  float sum_scale;   // 2^-headroom
+  float kept_scale;  // 1 / (1 - dropout), but for what the headroom has brought in already
   bool has_dropout;
   uint64_t threshold;
   bool bias_pairs;   // two neighbouring keys of the bias can be read at once
@@ -82,9 +95,8 @@ FASTATTN_DEVICE uint64_t shuffle_word(uint64_t word, int lane) {
   return uint64_t{__shfl_sync(~0u, static_cast<uint32_t>(word >> 32), lane)} << 32 | low;
 }
 
-// Natural log of the sum of e^score, from a shift in units of log 2.
-FASTATTN_DEVICE float row_lse(float row_shift, float row_sum) {
-  return row_sum == 0.0f ? kMinusInf : (softmax_shift(row_shift) + log2f(row_sum)) * 0.693147180559945309f;
+FASTATTN_DEVICE float row_lse(float row_max, float row_sum) {
+  return row_sum == 0.0f ? kMinusInf : softmax_shift(row_max) + logf(row_sum);
 }
 
 // Which rows and which head a block works on.
@@ -106,7 +118,7 @@ FASTATTN_DEVICE BlockPosition block_position(const AttentionForwardParams& p, co
 template <int M, int HEAD_DIM>
 struct Accumulator {
   float out[M][HEAD_DIM / 8][4];
-  float shift[M][2];  // of this row's probabilities, in units of log 2; -inf: nothing seen
+  float shift[M][2];  // the score whose probability is 1; -inf: nothing seen
   float sum[M][2];    // this lane's part
 
   FASTATTN_DEVICE_MEMBER void clear() {
@@ -121,7 +133,7 @@ struct Accumulator {
 
 // Scores to probabilities, in place.
 template <int M, int HEAD_DIM, int N>
-FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc, float to_log2) {
+FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc, const Exponent& exponent) {
   float top[M][2];
   bool grew = false;
 #pragma unroll
@@ -131,8 +143,10 @@ FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc,
       float x = fmaxf(s[m][0][2 * half], s[m][0][2 * half + 1]);
 #pragma unroll
       for (int n = 1; n < N; ++n) x = fmaxf(x, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
-      top[m][half] = quad_max(x) * to_log2;
-      grew = grew || top[m][half] > acc.shift[m][half] + kLazyGrowth;
+      x = quad_max(x);
+      const float margin = fabsf(x) < exponent.ordinary ? exponent.growth : 0.0f;
+      top[m][half] = x > acc.shift[m][half] + margin ? x : acc.shift[m][half];
+      grew = grew || top[m][half] != acc.shift[m][half];
     }
   if (__any_sync(~0u, grew)) {
 #pragma unroll
@@ -141,9 +155,8 @@ FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc,
       for (int half = 0; half < 2; ++half) {
         float& shift = acc.shift[m][half];
         // A row that has not grown is multiplied by 1: it does not depend on the other rows of the warp.
-        const float next = top[m][half] > shift + kLazyGrowth ? top[m][half] : shift;
-        const float factor = next == shift ? 1.0f : ptx::ex2(shift - next);
-        shift = next;
+        const float factor = top[m][half] == shift ? 1.0f : ptx::ex2((shift - top[m][half]) * exponent.to_log2);
+        shift = top[m][half];
         acc.sum[m][half] *= factor;
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 8; ++n) {
@@ -162,7 +175,7 @@ FASTATTN_DEVICE void softmax(float (&s)[M][N][4], Accumulator<M, HEAD_DIM>& acc,
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[m][n][e] = ptx::ex2(fmaf(s[m][n][e], to_log2, -shift));
+          s[m][n][e] = ptx::ex2(fmaf(s[m][n][e] - shift, exponent.to_log2, exponent.headroom));
           total += s[m][n][e];
         }
       acc.sum[m][half] += total;
@@ -227,7 +240,7 @@ FASTATTN_DEVICE void scale_and_bias(float (&s)[M][N][4], const AttentionForwardP
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[m][n][e] *= plan.scale;
+        for (int e = 0; e < 4; ++e) s[m][n][e] = __fmul_rn(s[m][n][e], plan.scale);
   } else if (!plan.bias_pairs) {
     add_bias<BiasAccess::kSingle>(s, p, plan.scale, b, h, row0, key0, lane);
   } else if (p.bias.dtype == DType::kFloat32) {
@@ -291,7 +304,7 @@ struct WarpPosition {
 // the tiles when this is called by all threads.
 template <typename S>
 FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsigned char* shared, const Plane<typename S::T>& out,
-                                     float* lse, int row0, float kept_scale) {
+                                     float* lse, int row0, const Plan& plan) {
   static_assert(S::kM == 1, "one fragment of rows");
   constexpr int kRows = S::kRows;
   float* const shifts = reinterpret_cast<float*>(shared);  // [warps][rows]
@@ -318,12 +331,13 @@ FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsig
     for (int w = 0; w < S::kWarps; ++w) shift = fmaxf(shift, shifts[w * kRows + row]);
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) {
-      factor[w] = ptx::ex2(shifts[w * kRows + row] - softmax_shift(shift));
+      factor[w] = ptx::ex2((shifts[w * kRows + row] - softmax_shift(shift)) * plan.exponent.to_log2);
       // A sum of NaN beside a shift of -inf: its factor is 0, and the product still NaN.
       sum += sums[w * kRows + row] * factor[w];
     }
-    if (lane == 0) lse[row0 + row] = row_lse(shift, sum);
-    const float normalizer = softmax_normalizer(sum) * kept_scale;
+    sum *= plan.sum_scale;
+    if (lane == 0) lse[row0 + row] = row_lse(shift * plan.lse_scale, sum);
+    const float normalizer = softmax_normalizer(sum) * plan.kept_scale;
     for (int d = lane; d < out.columns; d += 32) {
       float total = 0.0f;
 #pragma unroll
@@ -397,7 +411,7 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
       multiply_transposed<T, D>(s, q_tile, warp.row, k_tile, warp.key, warp.lane);
       if constexpr (S::kGeneral) scale_and_bias(s, p, plan, at.b, at.h, warp.row0, j0 + warp.key, warp.lane);
       if (partial) select_scores(s, word, warp.lane);
-      softmax(s, acc, plan.to_log2);
+      softmax(s, acc, plan.exponent);
 #pragma unroll
       for (int n = 0; n < N; n += 2)
 #pragma unroll
@@ -424,19 +438,18 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
   if constexpr (S::kSplit) {
     __syncthreads();
-    merge_and_store<S>(acc, shared, out, lse, at.row0, plan.kept_scale);
+    merge_and_store<S>(acc, shared, out, lse, at.row0, plan);
   } else if (warp.row0 < p.len_q) {
-    // Through the rows of Q that this warp alone has read.
-    __syncwarp();
+    // Through the rows of Q that this warp alone has read, before the last barrier.
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       float normalizer[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float sum = quad_sum(acc.sum[m][half]);
+        const float sum = quad_sum(acc.sum[m][half]) * plan.sum_scale;
         const int i = warp.row0 + m * 16 + half * 8 + warp.lane / 4;
         normalizer[half] = softmax_normalizer(sum) * plan.kept_scale;
-        if (warp.lane % 4 == 0 && i < p.len_q) lse[i] = row_lse(acc.shift[m][half], sum);
+        if (warp.lane % 4 == 0 && i < p.len_q) lse[i] = row_lse(acc.shift[m][half] * plan.lse_scale, sum);
       }
       put_fragments<T, D>(q_tile, warp.row + m * 16, acc.out[m], normalizer, warp.lane);
     }
@@ -546,7 +559,7 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
         }
       } else {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) s[r][n] *= plan.scale;
+        for (int n = 0; n < 4; ++n) s[r][n] = __fmul_rn(s[r][n], plan.scale);
       }
       if (partial) {
         const uint64_t allowed = shuffle_word(word, lane / 16 * 4 + r) >> tx;
@@ -631,7 +644,7 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
 #pragma unroll
     for (int step = 1; step < 16; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (i >= result.rows) continue;
-    if (tx == 0) lse[i] = sum == 0.0f ? kMinusInf : softmax_shift(row_max[r]) + logf(sum);
+    if (tx == 0) lse[i] = row_lse(row_max[r], sum);
     const float normalizer = softmax_normalizer(sum) * plan.kept_scale;
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
@@ -645,14 +658,25 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
 
 // ---- host ----
 
-Plan make_plan(const AttentionForwardParams& p, int rows) {
+// FOLD: the exponential takes the scale in.
+Plan make_plan(const AttentionForwardParams& p, int rows, bool fold) {
   Plan plan;
   plan.summary = prepare_mask(p, p.workspace, p.stream);
   plan.scale = static_cast<float>(p.scale);
-  plan.to_log2 = kLog2;
-  plan.kept_scale = static_cast<float>(1.0 / (1.0 - p.dropout.p));
+  plan.lse_scale = fold ? plan.scale : 1.0f;
   plan.has_dropout = p.dropout.p > 0.0;
   plan.threshold = dropout_threshold(p.dropout.p);
+  const double kept_scale = 1.0 / (1.0 - p.dropout.p);
+  // What dropout keeps is scaled before float16 rounds it, as far as float16 can hold the product, and the rest at the end.
+  const bool headroom = plan.has_dropout && p.query.dtype == DType::kFloat16;
+  const int bits = headroom ? std::min(std::ilogb(kept_scale), 15) : 0;
+  const double to_log2 = fold ? p.scale * kLog2E : kLog2E;
+  plan.exponent.to_log2 = static_cast<float>(to_log2);
+  plan.exponent.headroom = static_cast<float>(bits);
+  plan.exponent.growth = headroom ? 0.0f : static_cast<float>(std::min<double>(kLazyGrowth / to_log2, std::numeric_limits<float>::max()));
+  plan.exponent.ordinary = static_cast<float>(std::min<double>(kOrdinary / to_log2, std::numeric_limits<float>::max()));
+  plan.sum_scale = std::ldexp(1.0f, -bits);
+  plan.kept_scale = static_cast<float>(std::ldexp(kept_scale, -bits));
   const auto even = [](int64_t n) { return n % 2 == 0; };
   const uintptr_t pair = p.bias.dtype == DType::kFloat32 ? 8 : 4;
   plan.bias_pairs = p.bias && p.bias.stride[3] == 1 && even(p.bias.stride[0]) && even(p.bias.stride[1]) &&
@@ -670,8 +694,7 @@ dim3 blocks_of(const AttentionForwardParams& p, const Plan& plan) {
 
 template <typename S>
 void run(const AttentionForwardParams& p, bool fold) {
-  Plan plan = make_plan(p, S::kRows);
-  if (fold) plan.to_log2 = static_cast<float>(p.scale * kLog2E);
+  const Plan plan = make_plan(p, S::kRows, fold);
   launch("attention_forward_kernel", attention_forward_kernel<S>, blocks_of(p, plan), dim3(S::kThreads), S::kSharedBytes,
          p.stream, p, plan);
 }
@@ -698,7 +721,7 @@ void run_16_bit(const AttentionForwardParams& p, int64_t dim) {
 
 template <int HEAD_DIM>
 void run_float(const AttentionForwardParams& p) {
-  const Plan plan = make_plan(p, kFloatRows);
+  const Plan plan = make_plan(p, kFloatRows, false);
   launch("attention_forward_float_kernel", attention_forward_float_kernel<HEAD_DIM>, blocks_of(p, plan), dim3(kFloatThreads),
          kFloatSharedBytes<HEAD_DIM>, p.stream, p, plan);
 }
