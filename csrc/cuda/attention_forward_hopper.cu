@@ -6,8 +6,8 @@
 // whose K and V fit into L2 together, and in a section the last query tiles first, which under a causal mask are the longest.
 //
 //     warp 0          walks the live key tiles; TMA of Q once per item, of K and V into a ring of stages
-//     warps 1, 2      a word column (64 keys) each; in a partial tile: the mask words of every row into shared memory, and
-//                     zeros over the rows of V that no query of the tile attends to, because 0 * NaN is NaN
+//     warps 1, 2      64 keys of a tile each; in a partial tile: the mask words of every row into shared memory, and zeros
+//                     over the rows of V that no query of the tile attends to, because 0 * NaN is NaN
 //     consumers       S [64, kBlockN] = Q K^T        both from shared memory
 //                     P = 2^(c (S - m))              in registers: the fragment of S is the fragment of the A operand of
 //                     O [64, kHeadDim] += P V        V from shared memory as it lies, by the transposing descriptor
@@ -19,14 +19,20 @@
 // A full tile runs no mask code: the consumers look at one flag, and do not wait for the mask warps. In a partial tile a
 // thread reads the words of its two rows and shifts them once; the bits it needs are then at constant positions.
 //
-//     head dim   rows x keys   consumers   stages   registers (load, consumer)   shared memory
-//     <=  64     192 x 128     3           4        56, 152                      164 KB
-//     <= 128     128 x 128     2           2        56, 224                      165 KB
-//     <= 256     128 x  64     2           2        56, 224                      195 KB
+//     head dim   rows x keys   stages   registers (load, consumer)   shared memory   limits of the scores and products
+//     <=  64     192 x 128     4         32, 160                     165 KB          exponentials and products alike
+//     <=  96     128 x 128     2        104, 200                     165 KB          products 1.5 x exponentials
+//     <= 128     128 x 128     2        104, 200                     165 KB          products 2 x
+//     <= 192     128 x  64     2         88, 208                     147 KB          products 3 x
+//     <= 256     128 x  64     2         88, 208                     195 KB          products 4 x
 //
-// Floating-point operations per byte of K and V read: 2 x rows, so with 128 rows the loads take 256 FLOP/B from L2 and a
-// fraction of that from memory; the products are the bound. Per key and row they take head dim / 1024 cycles of the tensor
-// cores and 1 / 16 of the special-function unit: equal at 64, where the overlap matters most.
+// The last column: a pair of query and key takes head dim / 1024 cycles of the tensor cores (4 head dim operations at 4096 a
+// cycle) and 1 / 16 cycle of the unit that does exp2. A key tile is read once for all rows of a block, so a byte of K and V
+// serves as many operations as there are rows: from L2, 128 rows want 32 bytes a cycle at the peak of the products and 192
+// rows 21. The targets are those of cuDNN, 0.6 of the peak at 64 and 0.85 at 128 and 256, which is 13 and 27 bytes a cycle.
+//
+// 24 registers of a consumer are beside the matrices (at 64: S 64, P 32, O 32), which is why three consumers leave 32 to the
+// load warpgroup: a few bytes of its cursor over the tiles are spilled there, and nothing in the consumers.
 #include "hopper.h"
 #include "kernels.h"
 #include "mask.h"
@@ -44,16 +50,17 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 template <int kHeadDim>
 struct Shape {
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2;
+  static constexpr int kWidth = (kHeadDim + kAtom - 1) / kAtom * kAtom;  // of a row in shared memory
+  static constexpr int kConsumers = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kBlockM = kConsumers * 64;
-  static constexpr int kBlockN = kHeadDim == 256 ? 64 : 128;
-  static constexpr int kStages = kHeadDim == 64 ? 4 : 2;
+  static constexpr int kBlockN = kHeadDim <= 128 ? 128 : 64;
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : 2;
   static constexpr int kColumns = kBlockN / kWordKeys;  // mask words of a row, and mask warps
   static constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
   // Registers of a thread; the sum over the warpgroups is what the block was given at its launch.
-  static constexpr int kLoadRegisters = kHeadDim == 64 ? 32 : kHeadDim == 128 ? 104 : 88;
-  static constexpr int kConsumerRegisters = kHeadDim == 64 ? 160 : kHeadDim == 128 ? 200 : 208;
-  // With 256 columns the products are long enough beside the softmax.
+  static constexpr int kLoadRegisters = kHeadDim <= 64 ? 32 : kHeadDim <= 128 ? 104 : 88;
+  static constexpr int kConsumerRegisters = kHeadDim <= 64 ? 160 : kHeadDim <= 128 ? 200 : 208;
+  // Beyond, the products are long enough beside the softmax.
   static constexpr bool kTurns = kHeadDim <= 128;
 };
 
@@ -62,13 +69,13 @@ struct Item {
   int64_t i0;
 };
 
-// Boxes of kAtom columns, one after the other: [kHeadDim / kAtom][rows][kAtom], rows of 128 bytes swizzled by TMA.
+// Boxes of kAtom columns, one after the other: [kWidth / kAtom][rows][kAtom], rows of 128 bytes swizzled by TMA.
 template <typename T, int kHeadDim>
 struct alignas(1024) Shared {
   using S = Shape<kHeadDim>;
-  T query[S::kBlockM * kHeadDim];
-  T key[S::kStages][S::kBlockN * kHeadDim];
-  T value[S::kStages][S::kBlockN * kHeadDim];
+  T query[S::kBlockM * S::kWidth];
+  T key[S::kStages][S::kBlockN * S::kWidth];
+  T value[S::kStages][S::kBlockN * S::kWidth];
   uint64_t words[S::kStages][S::kBlockM][S::kColumns];  // of a partial tile
   uint64_t query_full, query_empty;
   uint64_t key_full[S::kStages], key_empty[S::kStages];
@@ -131,12 +138,12 @@ FASTATTN_DEVICE void warp_arrive(uint64_t* barrier) {
   if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(barrier);
 }
 
-// One thread. The transfer counts kRows x kHeadDim elements: those beyond the ends of the tensor arrive as zeros.
+// One thread. The transfer counts kRows x kWidth elements: those beyond the ends of the tensor arrive as zeros.
 template <typename T, int kHeadDim, int kRows>
 FASTATTN_DEVICE void load(T* to, uint64_t* full, const TensorMap& map, int row, int h, int b) {
-  ptx::mbarrier_arrive_expect_tx(full, kRows * kHeadDim * sizeof(T));
+  ptx::mbarrier_arrive_expect_tx(full, kRows * Shape<kHeadDim>::kWidth * sizeof(T));
 #pragma unroll
-  for (int d = 0; d < kHeadDim; d += kAtom) ptx::tma_load_4d(to + d * kRows, &map, full, d, row, h, b);
+  for (int d = 0; d < Shape<kHeadDim>::kWidth; d += kAtom) ptx::tma_load_4d(to + d * kRows, &map, full, d, row, h, b);
 }
 
 template <typename T, int kHeadDim>
@@ -213,7 +220,7 @@ FASTATTN_DEVICE void zero_rows(T* value, uint64_t dead) {
 #pragma unroll 1
   for (int first = 0; first < kWordKeys; first += kRows) {
     if ((dead >> (first + row) & 1) == 0) continue;
-    for (int d = 0; d < kHeadDim; d += kAtom) {
+    for (int d = 0; d < S::kWidth; d += kAtom) {
       T* const at = value + d * S::kBlockN + (first + row) * kAtom;
       reinterpret_cast<uint4*>(at)[chunk] = uint4{0, 0, 0, 0};
     }
@@ -550,14 +557,15 @@ attention_forward_hopper_kernel(const FASTATTN_GRID_CONSTANT TensorMap query_map
 #endif
 }
 
-// A stride that TMA can take: a multiple of 16 bytes, and not a broadcast over several.
-bool tma_able(const TensorRef& t, int64_t batch, int64_t heads, int64_t rows) {
-  if (reinterpret_cast<uintptr_t>(t.ptr) % 16 != 0) return false;
-  const int64_t size[3] = {batch, heads, rows};
-  for (int n = 0; n < 3; ++n)
-    if (size[n] > 1 && (t.stride[n] <= 0 || t.stride[n] % 8 != 0 || t.stride[n] >= int64_t{1} << 38)) return false;
-  return true;
-}
+// Sizes in the order of the strides.
+struct Sizes {
+  int64_t query[4], key[4], value[4];
+
+  explicit Sizes(const AttentionForwardParams& p)
+      : query{p.batch, p.heads_q, p.len_q, p.dim_qk},
+        key{p.batch, p.heads_kv, p.len_k, p.dim_qk},
+        value{p.batch, p.heads_kv, p.len_k, p.dim_v} {}
+};
 
 int64_t round_to_256(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 
@@ -584,7 +592,7 @@ void run(const AttentionForwardParams& p) {
   a.items = a.heads * a.tiles_m;
   // Sections whose K and V stay in L2 (50 MB, of which the outputs and the next section want some).
   constexpr int64_t kSectionBytes = int64_t{24} << 20;
-  const int64_t head_bytes = p.len_k * 2 * kHeadDim * static_cast<int64_t>(sizeof(T));
+  const int64_t head_bytes = p.len_k * 2 * S::kWidth * static_cast<int64_t>(sizeof(T));
   a.section_heads = static_cast<int32_t>(min64(a.heads, max64(1, kSectionBytes / head_bytes) * a.group));
   a.scale = static_cast<float>(p.scale);
   a.scale_log2 = static_cast<float>(p.scale * kLog2E);
@@ -592,12 +600,10 @@ void run(const AttentionForwardParams& p) {
   for (int n = 0; n < 3; ++n) aligned = aligned && p.out.stride[n] % 8 == 0;
   a.vector_store = aligned;
 
-  const int64_t query_size[4] = {p.batch, p.heads_q, p.len_q, p.dim_qk};
-  const int64_t key_size[4] = {p.batch, p.heads_kv, p.len_k, p.dim_qk};
-  const int64_t value_size[4] = {p.batch, p.heads_kv, p.len_k, p.dim_v};
-  const TensorMap query = make_tensor_map(p.query, query_size, S::kBlockM);
-  const TensorMap key = make_tensor_map(p.key, key_size, S::kBlockN);
-  const TensorMap value = make_tensor_map(p.value, value_size, S::kBlockN);
+  const Sizes sizes(p);
+  const TensorMap query = make_tensor_map(p.query, sizes.query, S::kBlockM);
+  const TensorMap key = make_tensor_map(p.key, sizes.key, S::kBlockN);
+  const TensorMap value = make_tensor_map(p.value, sizes.value, S::kBlockN);
   const int blocks = static_cast<int>(min64(a.items, device_info().multiprocessors));
   launch("attention_forward_hopper_kernel", attention_forward_hopper_kernel<T, kHeadDim>, dim3(blocks), dim3(S::kThreads),
          sizeof(Shared<T, kHeadDim>), p.stream, query, key, value, a);
@@ -607,7 +613,9 @@ template <typename T>
 void run_head_dim(const AttentionForwardParams& p) {
   const int64_t dim = max64(p.dim_qk, p.dim_v);
   if (dim <= 64) run<T, 64>(p);
+  else if (dim <= 96) run<T, 96>(p);
   else if (dim <= 128) run<T, 128>(p);
+  else if (dim <= 192) run<T, 192>(p);
   else run<T, 256>(p);
 }
 
@@ -615,16 +623,14 @@ void run_head_dim(const AttentionForwardParams& p) {
 
 bool attention_forward_hopper_able(const AttentionForwardParams& p) {
   if (device_info().capability != 90) return false;
-  if (p.query.dtype != DType::kBFloat16 && p.query.dtype != DType::kFloat16) return false;
   if (p.bias || p.dropout.p > 0.0) return false;
-  if (p.dim_qk < 1 || p.dim_v < 1 || max64(p.dim_qk, p.dim_v) > kMaxHeadDim) return false;
+  if (max64(p.dim_qk, p.dim_v) > kMaxHeadDim) return false;
   // The maximum is taken of the products themselves, so the scale must keep their order, in float too.
   if (!(static_cast<float>(p.scale) >= std::numeric_limits<float>::min())) return false;
-  if (p.len_k < 1) return false;
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() / 4;  // tiles and items are counted in 32 bits
   if (p.len_q > kMost || p.len_k > kMost || p.batch * p.heads_q * (ceil_div(p.len_q, 128) + 1) > kMost) return false;
-  return tma_able(p.query, p.batch, p.heads_q, p.len_q) && tma_able(p.key, p.batch, p.heads_kv, p.len_k) &&
-         tma_able(p.value, p.batch, p.heads_kv, p.len_k);
+  const Sizes sizes(p);  // an empty tensor is not possible either
+  return tensor_map_able(p.query, sizes.query) && tensor_map_able(p.key, sizes.key) && tensor_map_able(p.value, sizes.value);
 }
 
 int64_t attention_forward_hopper_workspace(const AttentionForwardParams& p) {
@@ -632,7 +638,6 @@ int64_t attention_forward_hopper_workspace(const AttentionForwardParams& p) {
 }
 
 void attention_forward_hopper(const AttentionForwardParams& p) {
-  if (p.batch == 0 || p.heads_q == 0 || p.len_q == 0) return;
   if (p.query.dtype == DType::kBFloat16) run_head_dim<bfloat16>(p);
   else run_head_dim<half>(p);
 }

@@ -207,6 +207,8 @@ void test_head_dims() {
   Problem(DType::kBFloat16, 1, 1, 1, 200, 300, 64, 64, random).check();
   Problem(DType::kFloat16, 1, 1, 1, 130, 390, 128, 128, random).check();
   Problem(DType::kBFloat16, 1, 1, 1, 129, 150, 256, 256, random).check();
+  Problem(DType::kFloat16, 1, 1, 1, 130, 260, 96, 96, random).check();
+  Problem(DType::kBFloat16, 1, 1, 1, 100, 200, 192, 192, random).check();
   Problem(DType::kFloat16, 1, 2, 1, 33, 70, 40, 59, random).check(2, 3);
   Problem(DType::kBFloat16, 2, 1, 1, 65, 140, 80, 24, random).check(4);
   Problem(DType::kFloat16, 1, 1, 1, 20, 66, 130, 8, random).check(6, 8);
