@@ -1,5 +1,5 @@
-// The PTX instructions of sm_90a that the Hopper kernels use: barriers in shared memory, TMA, warpgroup matrix products.
-// Inline assembly for the GPU, the emulator's function elsewhere.
+// The PTX instructions of sm_90a that the Hopper kernels use: barriers in shared memory, TMA, warpgroup matrix
+// products. Inline assembly for the GPU, the emulator's function elsewhere.
 //
 // A file that includes this compiles for every architecture; the body of a kernel that uses it belongs under
 // `#if FASTATTN_HOPPER`, so that it is empty where the instructions do not exist:
@@ -38,9 +38,9 @@ using TensorMap = CUtensorMap;
 constexpr int kTensorMapColumns = 64;
 constexpr int kTensorMapRows = 256;  // most rows in a box
 
-// Whether TMA can read and write this [batch, head, row, column] tensor of 16-bit elements in place: address and strides
-// multiples of 16 bytes, contiguous columns, no broadcast or reversed dimension, sizes that fit. A dimension of size 1 may
-// have any stride. An empty tensor is not possible.
+// Whether TMA can read and write this [batch, head, row, column] tensor of 16-bit elements in place: address and
+// strides multiples of 16 bytes, contiguous columns, no broadcast or reversed dimension, sizes that fit. A dimension of
+// size 1 may have any stride. An empty tensor is not possible.
 inline bool tensor_map_able(const TensorRef& tensor, const int64_t (&dims)[4]) {
   constexpr int64_t kMaxSize = int64_t{1} << 31, kMaxStrideBytes = int64_t{1} << 40;
   if (tensor.dtype != DType::kBFloat16 && tensor.dtype != DType::kFloat16) return false;
@@ -56,18 +56,20 @@ inline bool tensor_map_able(const TensorRef& tensor, const int64_t (&dims)[4]) {
 }
 
 // The map of boxes of box_rows x box_columns elements (one head, one batch item), 128-byte swizzled in shared memory:
-// row r of a box lies at byte r * 128, with 16-byte chunk c of it at chunk c ^ (r & 7); box_columns is kTensorMapColumns.
-// A wider tile is several boxes. Elements beyond the ends of the tensor are read as 0 and not written.
-// dims and tensor.stride are in the order batch, head, row, column. Throws LaunchError unless tensor_map_able().
-TensorMap make_tensor_map(const TensorRef& tensor, const int64_t (&dims)[4], int box_rows, int box_columns = kTensorMapColumns);
+// row r of a box lies at byte r * 128, with 16-byte chunk c of it at chunk c ^ (r & 7); box_columns is
+// kTensorMapColumns. A wider tile is several boxes. Elements beyond the ends of the tensor are read as 0 and not
+// written. dims and tensor.stride are in the order batch, head, row, column. Throws LaunchError unless
+// tensor_map_able().
+TensorMap make_tensor_map(const TensorRef& tensor, const int64_t (&dims)[4], int box_rows,
+                          int box_columns = kTensorMapColumns);
 
 namespace ptx {
 
 // ---- barriers in shared memory ----
 //
-// A barrier counts the arrivals of its phase and the bytes that TMA still owes. When both are done the phase ends and the
-// next begins with the same count. Waiting takes the parity of the phase waited for: 0 for the first, then 1, 0, ... A wait
-// for parity 1 on a fresh barrier returns at once, which is how a ring of free stages starts.
+// A barrier counts the arrivals of its phase and the bytes that TMA still owes. When both are done the phase ends and
+// the next begins with the same count. Waiting takes the parity of the phase waited for: 0 for the first, then 1, 0,
+// ... A wait for parity 1 on a fresh barrier returns at once, which is how a ring of free stages starts.
 
 FASTATTN_DEVICE void mbarrier_init(uint64_t* barrier, int arrivals) {
 #if defined(FASTATTN_EMULATE)
@@ -98,7 +100,8 @@ FASTATTN_DEVICE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes
 #if defined(FASTATTN_EMULATE)
   emulator::mbarrier_expect(barrier, bytes, true);
 #else
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -107,7 +110,8 @@ FASTATTN_DEVICE void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes) {
 #if defined(FASTATTN_EMULATE)
   emulator::mbarrier_expect(barrier, bytes, false);
 #else
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -128,8 +132,8 @@ FASTATTN_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 #endif
 }
 
-// Orders what this thread wrote to (or learned of by a barrier in) shared memory before later asynchronous accesses: wgmma
-// operands and TMA stores. The writers call it between their writes and the barrier.
+// Orders what this thread wrote to (or learned of by a barrier in) shared memory before later asynchronous accesses:
+// wgmma operands and TMA stores. The writers call it between their writes and the barrier.
 FASTATTN_DEVICE void fence_proxy_async() {
 #if defined(FASTATTN_EMULATE)
   emulator::proxy_fence();
@@ -148,15 +152,16 @@ FASTATTN_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 #endif
 }
 
-// Loads the box that starts at (batch, head, row, column), which may lie beyond any end of the tensor. `shared` is aligned to
-// 1024 bytes. The barrier is owed the bytes of a whole box, also of the part beyond the ends.
-FASTATTN_DEVICE void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row, int head, int batch) {
+// Loads the box that starts at (batch, head, row, column), which may lie beyond any end of the tensor. `shared` is
+// aligned to 1024 bytes. The barrier is owed the bytes of a whole box, also of the part beyond the ends.
+FASTATTN_DEVICE void tma_load_4d(void* shared, const TensorMap* map, uint64_t* barrier, int column, int row, int head,
+                              int batch) {
 #if defined(FASTATTN_EMULATE)
   emulator::tensor_load(shared, *map, barrier, column, row, head, batch);
 #else
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(shared)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
 #endif
@@ -174,8 +179,8 @@ FASTATTN_DEVICE void bulk_load(void* shared, const void* global, uint32_t bytes,
 #endif
 }
 
-// Stores a box; the part beyond the ends of the tensor is not written. Needs fence_proxy_async and a barrier between the
-// writes to `shared` and this.
+// Stores a box; the part beyond the ends of the tensor is not written. Needs fence_proxy_async and a barrier between
+// the writes to `shared` and this.
 FASTATTN_DEVICE void tma_store_4d(const TensorMap* map, const void* shared, int column, int row, int head, int batch) {
 #if defined(FASTATTN_EMULATE)
   emulator::tensor_store(*map, shared, column, row, head, batch);
@@ -194,8 +199,8 @@ FASTATTN_DEVICE void tma_store_commit() {
 #endif
 }
 
-// Until at most kPending of this thread's store groups still read shared memory. To be called before the memory is reused
-// and before the thread returns.
+// Until at most kPending of this thread's store groups still read shared memory. To be called before the memory is
+// reused and before the thread returns.
 template <int kPending>
 FASTATTN_DEVICE void tma_store_wait() {
 #if defined(FASTATTN_EMULATE)
@@ -207,8 +212,8 @@ FASTATTN_DEVICE void tma_store_wait() {
 
 // ---- registers ----
 
-// Gives registers of the warpgroup back, down to kRegisters a thread, or takes some that others gave back. All warps of the
-// warpgroup call it.
+// Gives registers of the warpgroup back, down to kRegisters a thread, or takes some that others gave back. All warps of
+// the warpgroup call it.
 template <int kRegisters>
 FASTATTN_DEVICE void setmaxnreg_dec() {
   static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
@@ -231,8 +236,9 @@ FASTATTN_DEVICE void setmaxnreg_inc() {
 
 // ---- warpgroup matrix products: D[64, N] (+)= A[64, 16] * B[16, N] ----
 //
-// Asynchronous: wgmma_fence, one or more wgmma, wgmma_commit, and wgmma_wait before D, or shared memory it reads, is touched.
-// All 128 threads of the warpgroup do the same. D: with w the warp in the warpgroup, g = lane / 4 and t = 2 * (lane % 4),
+// Asynchronous: wgmma_fence, one or more wgmma, wgmma_commit, and wgmma_wait before D, or shared memory it reads, is
+// touched. All 128 threads of the warpgroup do the same. The accumulators of a thread, w being its warp in the group,
+// g = lane / 4 and t = 2 * (lane % 4):
 //   d[4 * m + 0] (16w + g, 8m + t)       d[4 * m + 1] (16w + g, 8m + t + 1)
 //   d[4 * m + 2] (16w + g + 8, 8m + t)   d[4 * m + 3] (16w + g + 8, 8m + t + 1)
 // An A in registers has the layout of mma_m16n8k16 for the 16 rows of each warp.
@@ -264,18 +270,20 @@ FASTATTN_DEVICE void wgmma_wait() {
 #endif
 }
 
-// Descriptor of an operand in shared memory under the 128-byte swizzle, as TMA writes it (rows of 128 bytes, 8 rows to an
-// atom of 1024 bytes). Both operands come in two forms:
-//   plain: rows of A, or columns of B, are rows of 128 bytes along k (64 elements). stride_bytes: from 8 of them to the next
-//     8, 1024 in a tile of one box. leading_bytes is not used. The next 16 elements of k are 32 bytes further:
-//     smem_descriptor(tile + 32 * k, ...); the next 64 are in the next box.
-//   transposed: a row of 128 bytes holds one k and 64 rows of A, or columns of B. stride_bytes: from 8 k to the next 8, 1024
-//     in a tile of one box. leading_bytes: from 64 rows or columns to the next 64, the bytes of a box. The next 16 k are 2048
-//     bytes further.
+// Descriptor of an operand in shared memory under the 128-byte swizzle, as TMA writes it (rows of 128 bytes, 8 rows to
+// an atom of 1024 bytes). Both operands come in two forms:
+//   plain: rows of A, or columns of B, are rows of 128 bytes along k (64 elements).
+//     stride_bytes: from 8 of them to the next 8, 1024 in a tile of one box. leading_bytes is not used.
+//     The next 16 elements of k are 32 bytes further, smem_descriptor(tile + 32 * k, ...); the next 64 in the next box.
+//   transposed: a row of 128 bytes holds one k and 64 rows of A, or columns of B.
+//     stride_bytes: from 8 k to the next 8, 1024 in a tile of one box.
+//     leading_bytes: from 64 rows or columns to the next 64, the bytes of a box.
+//     The next 16 k are 2048 bytes further.
 FASTATTN_DEVICE uint64_t smem_descriptor(const void* shared, uint32_t leading_bytes, uint32_t stride_bytes) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   const uint64_t address = (shared_address(shared) & 0x3ffffu) >> 4;
-  return address | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(stride_bytes >> 4) << 32 | kSwizzle128;
+  return address | static_cast<uint64_t>(leading_bytes >> 4) << 16 | static_cast<uint64_t>(stride_bytes >> 4) << 32 |
+         kSwizzle128;
 }
 
 template <int N>
@@ -284,8 +292,9 @@ constexpr bool kWgmmaColumnsAble = N >= 16 && N <= 256 && N % 16 == 0;
 #if !defined(FASTATTN_EMULATE)
 
 // The accumulators as operands, eight at a time, and their numbers in the text of the instruction.
-#define FASTATTN_D8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FASTATTN_D8(i)                                                                                        \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define FASTATTN_D16 FASTATTN_D8(0)
 #define FASTATTN_D32 FASTATTN_D16, FASTATTN_D8(8)
 #define FASTATTN_D48 FASTATTN_D32, FASTATTN_D8(16)
@@ -319,31 +328,34 @@ constexpr bool kWgmmaColumnsAble = N >= 16 && N <= 256 && N % 16 == 0;
 #define FASTATTN_TEXT240 FASTATTN_TEXT224 ", %112, %113, %114, %115, %116, %117, %118, %119"
 #define FASTATTN_TEXT256 FASTATTN_TEXT240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
-// p0, p1, ...: the numbers of the operands behind the N / 2 accumulators. The last immediates are the signs of A and B, and
-// which of them is transposed.
-#define FASTATTN_WGMMA_SS(N, type, p0, p1, p2, p3, p4)                                                          \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p2 ", 0;\n"                              \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FASTATTN_TEXT##N "}, %" #p0 \
-               ", %" #p1 ", accumulate, 1, 1, %" #p3 ", %" #p4 ";\n}"                                           \
-               : FASTATTN_D##N                                                                                  \
+// p0, p1, ...: the numbers of the operands behind the N / 2 accumulators. The last immediates are the signs of A and B,
+// and which of them is transposed.
+#define FASTATTN_WGMMA_SS(N, type, p0, p1, p2, p3, p4)                                               \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p2                            \
+               ", 0;\n"                                                                              \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FASTATTN_TEXT##N \
+               "}, %" #p0 ", %" #p1 ", accumulate, 1, 1, %" #p3 ", %" #p4 ";\n}"                     \
+               : FASTATTN_D##N                                                                       \
                : "l"(descriptor_a), "l"(descriptor_b), "r"(static_cast<int>(accumulate)), "n"(TransA), "n"(TransB))
-#define FASTATTN_WGMMA_RS(N, type, p0, p1, p2, p3, p4, p5, p6)                                                   \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p5 ", 0;\n"                               \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FASTATTN_TEXT##N "}, {%" #p0 \
-               ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", accumulate, 1, 1, %" #p6 ";\n}"                       \
-               : FASTATTN_D##N                                                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_b), "r"(static_cast<int>(accumulate)), "n"(TransB))
-#define FASTATTN_WGMMA_SS_CASE(columns, ...)                        \
-  if constexpr (N == columns && std::is_same_v<T, bfloat16>) {      \
-    FASTATTN_WGMMA_SS(columns, "bf16", __VA_ARGS__);                \
-  } else if constexpr (N == columns && std::is_same_v<T, half>) {   \
-    FASTATTN_WGMMA_SS(columns, "f16", __VA_ARGS__);                 \
+#define FASTATTN_WGMMA_RS(N, type, p0, p1, p2, p3, p4, p5, p6)                                                     \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, %" #p5                                          \
+               ", 0;\n"                                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" FASTATTN_TEXT##N               \
+               "}, {%" #p0 ", %" #p1 ", %" #p2 ", %" #p3 "}, %" #p4 ", accumulate, 1, 1, %" #p6 ";\n}"             \
+               : FASTATTN_D##N                                                                                     \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor_b), "r"(static_cast<int>(accumulate)), \
+                 "n"(TransB))
+#define FASTATTN_WGMMA_SS_CASE(columns, ...)                      \
+  if constexpr (N == columns && std::is_same_v<T, bfloat16>) {    \
+    FASTATTN_WGMMA_SS(columns, "bf16", __VA_ARGS__);              \
+  } else if constexpr (N == columns && std::is_same_v<T, half>) { \
+    FASTATTN_WGMMA_SS(columns, "f16", __VA_ARGS__);               \
   }
-#define FASTATTN_WGMMA_RS_CASE(columns, ...)                        \
-  if constexpr (N == columns && std::is_same_v<T, bfloat16>) {      \
-    FASTATTN_WGMMA_RS(columns, "bf16", __VA_ARGS__);                \
-  } else if constexpr (N == columns && std::is_same_v<T, half>) {   \
-    FASTATTN_WGMMA_RS(columns, "f16", __VA_ARGS__);                 \
+#define FASTATTN_WGMMA_RS_CASE(columns, ...)                      \
+  if constexpr (N == columns && std::is_same_v<T, bfloat16>) {    \
+    FASTATTN_WGMMA_RS(columns, "bf16", __VA_ARGS__);              \
+  } else if constexpr (N == columns && std::is_same_v<T, half>) { \
+    FASTATTN_WGMMA_RS(columns, "f16", __VA_ARGS__);               \
   }
 
 #endif
@@ -354,7 +366,8 @@ FASTATTN_DEVICE void wgmma(float (&d)[N / 2], uint64_t descriptor_a, uint64_t de
   static_assert(kWgmmaColumnsAble<N>);
   static_assert(std::is_same_v<T, bfloat16> || std::is_same_v<T, half>);
 #if defined(FASTATTN_EMULATE)
-  emulator::wgmma({std::is_same_v<T, bfloat16>, N, false, TransA, TransB, accumulate}, d, nullptr, descriptor_a, descriptor_b);
+  emulator::wgmma({std::is_same_v<T, bfloat16>, N, false, TransA, TransB, accumulate}, d, nullptr, descriptor_a,
+                  descriptor_b);
 #else
   FASTATTN_WGMMA_SS_CASE(16, 8, 9, 10, 11, 12)
   FASTATTN_WGMMA_SS_CASE(32, 16, 17, 18, 19, 20)

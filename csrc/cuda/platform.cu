@@ -23,8 +23,9 @@ void check(cudaError_t error, const char* call) {
 void check_launch(cudaError_t error, const char* name, dim3 grid, dim3 block, size_t shared_bytes) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // forget the error, or the next launch would report it as its own
-  throw LaunchError(std::string("launch of ") + name + " with grid " + describe(grid) + ", block " + describe(block) + " and " +
-                    std::to_string(shared_bytes) + " bytes of shared memory failed: " + cudaGetErrorString(error));
+  throw LaunchError(std::string("launch of ") + name + " with grid " + describe(grid) + ", block " + describe(block) +
+                    " and " + std::to_string(shared_bytes) +
+                    " bytes of shared memory failed: " + cudaGetErrorString(error));
 }
 
 DeviceInfo device_info() {
@@ -61,7 +62,8 @@ decltype(&cuTensorMapEncodeTiled) encode_function() {
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found),
           "cudaGetDriverEntryPointByVersion");
 #else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found), "cudaGetDriverEntryPoint");
+    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found),
+          "cudaGetDriverEntryPoint");
 #endif
     if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
       throw LaunchError("the CUDA driver has no cuTensorMapEncodeTiled; it is older than CUDA 12");
@@ -86,13 +88,14 @@ TensorMap make_tensor_map(const TensorRef& tensor, const int64_t (&dims)[4], int
   const cuuint32_t element_stride[4] = {1, 1, 1, 1};
   TensorMap map;
   const CUresult result = encode_function()(
-      &map, tensor.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, tensor.ptr,
-      size, stride_bytes, box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      &map, tensor.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      tensor.ptr, size, stride_bytes, box, element_stride, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw LaunchError("cuTensorMapEncodeTiled failed with error " + std::to_string(static_cast<int>(result)) + " for a tensor of " +
-                      std::to_string(dims[0]) + " x " + std::to_string(dims[1]) + " x " + std::to_string(dims[2]) + " x " +
-                      std::to_string(dims[3]) + ", box " + std::to_string(box_rows) + " x " + std::to_string(box_columns));
+    throw LaunchError("cuTensorMapEncodeTiled failed with error " + std::to_string(static_cast<int>(result)) +
+                      " for a tensor of " + std::to_string(dims[0]) + " x " + std::to_string(dims[1]) + " x " +
+                      std::to_string(dims[2]) + " x " + std::to_string(dims[3]) + ", box " + std::to_string(box_rows) +
+                      " x " + std::to_string(box_columns));
   }
   return map;
 }

@@ -1,6 +1,6 @@
-// The only file of the CUDA kernels that knows which compiler reads it. A kernel source is compiled by nvcc for a GPU and,
-// unchanged, by a C++17 compiler with -DFASTATTN_EMULATE for the emulator (emulator/emulator.h), which needs no CUDA
-// toolkit. A plain C++ file without either may use the first part, the host interface.
+// The only file of the CUDA kernels that knows which compiler reads it. A kernel source is compiled by nvcc for a GPU
+// and, unchanged, by a C++17 compiler with -DFASTATTN_EMULATE for the emulator (emulator/emulator.h), which needs no
+// CUDA toolkit. A plain C++ file without either may use the first part, the host interface.
 //
 // Rules for a kernel source:
 //   * shared memory only through FASTATTN_SHARED: a static __shared__ array does not compile under the emulator;
@@ -27,7 +27,7 @@ class LaunchError : public std::runtime_error {
 };
 
 struct DeviceInfo {
-  int capability = 0;                     // major * 10 + minor
+  int capability = 0;  // major * 10 + minor
   int multiprocessors = 0;
   size_t shared_bytes_per_block_optin = 0;  // most dynamic shared memory that a block can ask for
 };
@@ -152,8 +152,8 @@ FASTATTN_DEVICE float2 unpack2(uint32_t packed) {
 void check_launch(cudaError_t error, const char* name, dim3 grid, dim3 block, size_t shared_bytes);
 #endif
 
-// Runs `kernel` with `arguments` on the stream (a cudaStream_t; the emulator runs it at once). No dimension of the grid may
-// be 0. Throws LaunchError, or EmulationError where the emulated kernel did something wrong.
+// Runs `kernel` with `arguments` on the stream (a cudaStream_t; the emulator runs it at once). No dimension of the grid
+// may be 0. Throws LaunchError, or EmulationError where the emulated kernel did something wrong.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             const Arguments&... arguments) {
@@ -161,12 +161,14 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 #if defined(FASTATTN_EMULATE)
   static_cast<void>(stream);
   auto thread = [&] { kernel(static_cast<std::decay_t<Parameters>>(arguments)...); };
-  emulator::run(name, grid, block, shared_bytes, [](void* body) { (*static_cast<decltype(thread)*>(body))(); }, &thread);
+  emulator::run(
+      name, grid, block, shared_bytes, [](void* body) { (*static_cast<decltype(thread)*>(body))(); }, &thread);
 #else
   // Up to 48 KiB a kernel may use without asking.
   if (shared_bytes > 48 * 1024) {
-    check_launch(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                 name, grid, block, shared_bytes);
+    check_launch(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name,
+        grid, block, shared_bytes);
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       static_cast<std::decay_t<Parameters>>(arguments)...);

@@ -29,8 +29,8 @@ FASTATTN_DEVICE float ex2(float x) {
 #endif
 }
 
-// x, of which the compiler knows nothing: what is computed from it inside a loop is not moved out of the loop, where it would
-// wait in registers.
+// x, of which the compiler knows nothing: what is computed from it inside a loop is not moved out of the loop, where it
+// would wait in registers.
 FASTATTN_DEVICE int opaque(int x) {
 #if !defined(FASTATTN_EMULATE)
   asm volatile("" : "+r"(x));
@@ -40,13 +40,14 @@ FASTATTN_DEVICE int opaque(int x) {
 
 // ---- asynchronous copies ----
 
-// Copies 16 bytes from global to shared memory, both aligned to 16: the first `bytes` are read, the rest is zero-filled.
-// With bytes = 0 nothing is read, but `global` should still be an address of the tensor.
+// Copies 16 bytes from global to shared memory, both aligned to 16: the first `bytes` are read, the rest is
+// zero-filled. With bytes = 0 nothing is read, but `global` should still be an address of the tensor.
 FASTATTN_DEVICE void cp_async16(void* shared, const void* global, int bytes) {
 #if defined(FASTATTN_EMULATE)
   emulator::copy16(shared, global, bytes);
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 #endif
 }
 
@@ -70,9 +71,9 @@ FASTATTN_DEVICE void cp_async_wait() {
 
 // ---- matrices ----
 
-// Loads 8x8 matrices of 16-bit elements: lane 8 * m + i passes the address of row i (16 bytes) of matrix m, and r[m] of lane
-// l gets the elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1), lower half first; `_trans` of the transposed matrix.
-// The x2 forms read the addresses of lanes 0..15 only; the others still have to be valid pointers.
+// Loads 8x8 matrices of 16-bit elements: lane 8 * m + i passes the address of row i (16 bytes) of matrix m, and r[m] of
+// lane l gets the elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1), lower half first; `_trans` of the
+// transposed matrix. The x2 forms read the addresses of lanes 0..15 only; the others still have to be valid pointers.
 FASTATTN_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* shared_row) {
 #if defined(FASTATTN_EMULATE)
   emulator::load_matrix(r, 4, false, shared_row);
@@ -117,7 +118,7 @@ FASTATTN_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], const void* shared_row)
 #endif
 }
 
-// c += a * b for A 16x16 (rows), B 16x8 (columns), float32 sums. With g = lane / 4 and t = 2 * (lane % 4), the elements are
+// c += a * b for A 16x16 (rows), B 16x8 (columns), float32 sums. Elements, with g = lane / 4 and t = 2 * (lane % 4):
 //   a[0] (g, t)(g, t+1)   a[1] (g+8, t)(g+8, t+1)   a[2] (g, t+8)(g, t+9)   a[3] (g+8, t+8)(g+8, t+9)
 //   b0 (t, g)(t+1, g)     b1 (t+8, g)(t+9, g)
 //   c[0] (g, t)   c[1] (g, t+1)   c[2] (g+8, t)   c[3] (g+8, t+1)
@@ -129,12 +130,14 @@ FASTATTN_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_
 #else
   if constexpr (std::is_same_v<T, bfloat16>) {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }

@@ -30,14 +30,15 @@ enum class Fault {
   kLast = kWrongBarrier,
 };
 
-// Does a little of everything that needs an order, and nothing with the values: the check looks at accesses alone, so it finds
-// what a lucky schedule hides.
-FASTATTN_KERNEL(128) shared_kernel(const FASTATTN_GRID_CONSTANT TensorMap map, const bfloat16* from, float* sink, Fault fault) {
+// Does a little of everything that needs an order, and nothing with the values: the check looks at accesses alone, so
+// it finds what a lucky schedule hides.
+FASTATTN_KERNEL(128)
+shared_kernel(const FASTATTN_GRID_CONSTANT TensorMap map, const bfloat16* from, float* sink, Fault fault) {
   FASTATTN_SHARED(shared);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  unsigned char* const tile = shared;                                // [64] rows of 128 bytes
-  float* const values = reinterpret_cast<float*>(shared + 8192);     // [128]
-  unsigned char* const bytes = shared + 8192 + 512;                  // [128]
+  unsigned char* const tile = shared;                             // [64] rows of 128 bytes
+  float* const values = reinterpret_cast<float*>(shared + 8192);  // [128]
+  unsigned char* const bytes = shared + 8192 + 512;               // [128]
   unsigned* const bits = reinterpret_cast<unsigned*>(shared + 8192 + 640);
   uint64_t* const barrier = reinterpret_cast<uint64_t*>(shared + 8192 + 648);
   uint64_t* const idle = barrier + 1;
@@ -212,8 +213,8 @@ int main() {
     for (int n = 0; n <= static_cast<int>(Fault::kLast); ++n) {
       const Fault fault = static_cast<Fault>(n);
       const std::string message = error_of([&] {
-        launch("shared", shared_kernel, dim3(1), dim3(128), 8192 + 648 + 16, nullptr, map, static_cast<const bfloat16*>(memory),
-               sink.data(), fault);
+        launch("shared", shared_kernel, dim3(1), dim3(128), 8192 + 648 + 16, nullptr, map,
+               static_cast<const bfloat16*>(memory), sink.data(), fault);
       });
       if (!CHECK(fault == Fault::kNone ? message.empty() : is_race(message))) {
         std::fprintf(stderr, "fault %d, seed %d: %s\n", n, static_cast<int>(seed), message.c_str());
@@ -222,17 +223,18 @@ int main() {
     for (int mode = 0; mode < 3; ++mode) {
       std::vector<float> sums(4 * 32, 0.0f);
       int counter = 0;
-      const std::string message =
-          error_of([&] { launch("global", global_kernel, dim3(4), dim3(32), 0, nullptr, sums.data(), &counter, mode); });
-      if (!CHECK(mode == 0 ? message.empty() : is_race(message))) std::fprintf(stderr, "mode %d: %s\n", mode, message.c_str());
+      const std::string message = error_of(
+          [&] { launch("global", global_kernel, dim3(4), dim3(32), 0, nullptr, sums.data(), &counter, mode); });
+      if (!CHECK(mode == 0 ? message.empty() : is_race(message)))
+        std::fprintf(stderr, "mode %d: %s\n", mode, message.c_str());
     }
     for (int fences = 0; fences < 4; ++fences) {
       std::vector<float> slots(4, 0.0f);
       int counter = 0;
       float sum = 0.0f;
       const std::string message = error_of([&] {
-        launch("last_block", last_block_kernel, dim3(4), dim3(32), 4, nullptr, slots.data(), &counter, &sum, (fences & 1) != 0,
-               (fences & 2) != 0);
+        launch("last_block", last_block_kernel, dim3(4), dim3(32), 4, nullptr, slots.data(), &counter, &sum,
+               (fences & 1) != 0, (fences & 2) != 0);
       });
       if (!CHECK(fences == 3 ? message.empty() && sum == 6.0f : is_race(message))) {
         std::fprintf(stderr, "fences %d: %s\n", fences, message.c_str());
@@ -241,7 +243,8 @@ int main() {
     for (const bool release : {true, false}) {
       const std::string message = error_of(
           [&] { launch("stage", stage_kernel, dim3(1), dim3(64), 8192 + 16, nullptr, map, sink.data(), release); });
-      if (!CHECK(release ? message.empty() : !message.empty())) std::fprintf(stderr, "release %d: %s\n", release, message.c_str());
+      if (!CHECK(release ? message.empty() : !message.empty()))
+        std::fprintf(stderr, "release %d: %s\n", release, message.c_str());
     }
   }
   return fastattn::test::result("emulator_race_test");

@@ -1,5 +1,5 @@
-// The emulator against plain C++: every wrapper of ptx.h and hopper.h, and planted faults, each of which has to end in an
-// EmulationError or in a wrong result.
+// The emulator against plain C++: every wrapper of ptx.h and hopper.h, and planted faults, each of which has to end in
+// an EmulationError or in a wrong result.
 #include <algorithm>
 #include <cstdlib>
 #include <functional>
@@ -47,7 +47,8 @@ constexpr DType dtype_of() {
   return std::is_same_v<T, bfloat16> ? DType::kBFloat16 : DType::kFloat16;
 }
 
-// Small integers: every product and sum in the tests below is exact in float, so the order of additions does not matter.
+// Small integers: every product and sum in the tests below is exact in float, so the order of additions does not
+// matter.
 template <typename T>
 std::vector<T> small_integers(Random& random, size_t count) {
   std::vector<T> values(count);
@@ -59,7 +60,8 @@ std::vector<T> small_integers(Random& random, size_t count) {
 
 // The value of a 16-bit pattern by the definition of the format; infinities and NaN by the caller.
 double value_of(uint32_t bits, int mantissa_bits, int bias) {
-  const int exponent = static_cast<int>(bits >> mantissa_bits), mantissa = static_cast<int>(bits & ((1u << mantissa_bits) - 1));
+  const int exponent = static_cast<int>(bits >> mantissa_bits),
+            mantissa = static_cast<int>(bits & ((1u << mantissa_bits) - 1));
   const double fraction = exponent == 0 ? mantissa : mantissa + (1 << mantissa_bits);
   return std::ldexp(fraction, (exponent == 0 ? 1 : exponent) - bias - mantissa_bits);
 }
@@ -81,8 +83,8 @@ void test_conversion(int mantissa_bits, int bias) {
       CHECK(value == static_cast<float>(sign * expected) && std::signbit(value) == (negative != 0));
       CHECK(from_float<T>(value).bits == bits);
       if (magnitude == infinity) continue;
-      // Half-way to the next value: to the even one; just below and above: to the nearer one. Behind the greatest finite
-      // value comes what would be the next power of two, where infinity begins.
+      // Half-way to the next value: to the even one; just below and above: to the nearer one. Behind the greatest
+      // finite value comes what would be the next power of two, where infinity begins.
       const double next = value_of(magnitude + 1, mantissa_bits, bias);
       const float middle = static_cast<float>(sign * (expected + next) / 2);
       const uint16_t up = static_cast<uint16_t>(bits + 1), even = magnitude % 2 == 0 ? bits : up;
@@ -157,7 +159,8 @@ void test_collectives() {
   }
 }
 
-// Two pairs of warps meet at their own barriers, then the block; `arrive_only` lets the second pair go on without waiting.
+// Two pairs of warps meet at their own barriers, then the block; `arrive_only` lets the second pair go on without
+// waiting.
 FASTATTN_KERNEL(128) named_barrier_kernel(int* out, bool arrive_only) {
   FASTATTN_SHARED(shared);
   int* const values = reinterpret_cast<int*>(shared);
@@ -273,7 +276,8 @@ FASTATTN_KERNEL(32) multiply_kernel(const T* a, const T* b, float* c) {
   const auto a_pair = [&](int row, int k) { return pair(a[16 * row + k], a[16 * row + k + 1]); };
   const uint32_t fragment[4] = {a_pair(g, t), a_pair(g + 8, t), a_pair(g, t + 8), a_pair(g + 8, t + 8)};
   float sums[4] = {c[8 * g + t], c[8 * g + t + 1], c[8 * (g + 8) + t], c[8 * (g + 8) + t + 1]};
-  ptx::mma_m16n8k16<T>(sums, fragment, pair(b[8 * t + g], b[8 * (t + 1) + g]), pair(b[8 * (t + 8) + g], b[8 * (t + 9) + g]));
+  ptx::mma_m16n8k16<T>(sums, fragment, pair(b[8 * t + g], b[8 * (t + 1) + g]),
+                       pair(b[8 * (t + 8) + g], b[8 * (t + 9) + g]));
   c[8 * g + t] = sums[0];
   c[8 * g + t + 1] = sums[1];
   c[8 * (g + 8) + t] = sums[2];
@@ -371,8 +375,13 @@ void test_tensor_copies() {
         constexpr uint16_t kUntouched = 0xabcd;
         std::fill(copy.begin(), copy.end(), kUntouched);
         std::vector<uint16_t> box(64 * 64, kUntouched);
-        const TensorParameters p = {make_tensor_map(strided(from), dims, 64), make_tensor_map(strided(to), dims, 64), row, column,
-                                    head, 1, box.data()};
+        const TensorParameters p = {make_tensor_map(strided(from), dims, 64),
+                                    make_tensor_map(strided(to), dims, 64),
+                                    row,
+                                    column,
+                                    head,
+                                    1,
+                                    box.data()};
         launch("tensor", tensor_kernel, dim3(1), dim3(64), 64 * 128 + 8, nullptr, p);
         const TensorRef source = strided(from);
         std::vector<uint16_t> expected_copy(copy.size(), kUntouched);
@@ -431,9 +440,9 @@ void test_bulk_load() {
 
 // ---- wgmma ----
 
-// D [64][N] = A [64][64] * B [64][N] by four wgmma of depth 16. In shared memory, as TMA would write them: A as 64 rows of
-// 128 bytes along k, or transposed as 64 rows k of 128 bytes along the rows of A; B as N rows along k, or transposed as boxes
-// of 64 columns, each 64 rows k.
+// D [64][N] = A [64][64] * B [64][N] by four wgmma of depth 16. In shared memory, as TMA would write them: A as 64 rows
+// of 128 bytes along k, or transposed as 64 rows k of 128 bytes along the rows of A; B as N rows along k, or transposed
+// as boxes of 64 columns, each 64 rows k.
 template <typename T>
 FASTATTN_DEVICE void store_swizzled(unsigned char* tile, int row, int column, T value) {
   const int chunk = column / 8 ^ row % 8;
@@ -469,7 +478,7 @@ FASTATTN_KERNEL(128) wgmma_kernel(const T* a, const T* b, float* out) {
     const uint64_t descriptor_b = ptx::smem_descriptor(tile_b + k * (TransB ? 2048 : 32), 8192, 1024);
     if constexpr (InRegisters) {
       const auto pair = [&](int row, int column) {
-        const T *const lo = a + 64 * (16 * warp + row) + 16 * k + column;
+        const T* const lo = a + 64 * (16 * warp + row) + 16 * k + column;
         return static_cast<uint32_t>(lo[0].bits) | static_cast<uint32_t>(lo[1].bits) << 16;
       };
       const uint32_t fragment[4] = {pair(g, t), pair(g + 8, t), pair(g, t + 8), pair(g + 8, t + 8)};
@@ -499,8 +508,8 @@ void test_wgmma_form() {
     }
   }
   const size_t shared_bytes = 8192 + (TransB ? (N + 63) / 64 * 8192 : N * 128);
-  launch("wgmma", wgmma_kernel<T, N, TransB, TransA, InRegisters>, dim3(1), dim3(128), shared_bytes, nullptr, a.data(), b.data(),
-         out.data());
+  launch("wgmma", wgmma_kernel<T, N, TransB, TransA, InRegisters>, dim3(1), dim3(128), shared_bytes, nullptr, a.data(),
+         b.data(), out.data());
   CHECK(out == expected);
 }
 
@@ -563,12 +572,13 @@ enum class Fault {
 
 constexpr int kTiles = 5;
 
-// out [16][8] = sum over tiles of A [16][16] * B [8][16] transposed, tiles brought in by cp.async in two stages. Four warps
-// load a quarter each; every warp multiplies all of it, and warp 3 writes.
+// out [16][8] = sum over tiles of A [16][16] * B [8][16] transposed, tiles brought in by cp.async in two stages. Four
+// warps load a quarter each; every warp multiplies all of it, and warp 3 writes.
 FASTATTN_KERNEL(128) pipeline_kernel(const bfloat16* a, const bfloat16* b, float* out, Fault fault) {
   constexpr int kStage = 24 * 32;  // bytes of 24 rows of 16 elements
   FASTATTN_SHARED(shared);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4, t = 2 * (lane % 4);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32, g = lane / 4,
+            t = 2 * (lane % 4);
   const auto load = [&](int tile) {
     unsigned char* const stage = shared + tile % 2 * kStage;
     // 48 chunks of 16 bytes, 12 to a warp.
@@ -593,7 +603,8 @@ FASTATTN_KERNEL(128) pipeline_kernel(const bfloat16* a, const bfloat16* b, float
         ptx::cp_async_wait<0>();
       }
     }
-    if (fault != Fault::kNoBarrierAfterWait && !(fault == Fault::kSkippedBarrier && warp == 1 && tile == 2)) __syncthreads();
+    if (fault != Fault::kNoBarrierAfterWait && !(fault == Fault::kSkippedBarrier && warp == 1 && tile == 2))
+      __syncthreads();
     unsigned char* stage = shared + tile % 2 * kStage;
     if (fault == Fault::kMisalignedMatrix) stage += 8;
     if (fault == Fault::kMatrixBeyondShared) stage += kStage;
@@ -656,8 +667,9 @@ struct PipelineProblem {
   // Right result and no error.
   bool runs(Fault fault) const {
     std::vector<float> out(128, NAN);
-    const std::string error = error_of(
-        [&] { launch("pipeline", pipeline_kernel, dim3(1), dim3(128), size_t{2} * 24 * 32, nullptr, a, b, out.data(), fault); });
+    const std::string error = error_of([&] {
+      launch("pipeline", pipeline_kernel, dim3(1), dim3(128), size_t{2} * 24 * 32, nullptr, a, b, out.data(), fault);
+    });
     return error.empty() && out == expected;
   }
 };
@@ -670,8 +682,8 @@ struct RingParameters {
   Fault fault;
 };
 
-// out = sum over tiles of A [64][64] * B [64][64] transposed. A producer warpgroup loads into a ring of two stages, a consumer
-// warpgroup multiplies.
+// out = sum over tiles of A [64][64] * B [64][64] transposed. A producer warpgroup loads into a ring of two stages, a
+// consumer warpgroup multiplies.
 FASTATTN_KERNEL(256, 1) ring_kernel(const FASTATTN_GRID_CONSTANT RingParameters p) {
   constexpr uint32_t kTileBytes = 64 * 128;
   constexpr int kStages = 2;
@@ -683,7 +695,9 @@ FASTATTN_KERNEL(256, 1) ring_kernel(const FASTATTN_GRID_CONSTANT RingParameters 
   if (thread == 0) {
     for (int n = 0; n < kStages; ++n) {
       if (fault != Fault::kUninitialised) ptx::mbarrier_init(full + n, 1);
-      ptx::mbarrier_init(empty + n, fault == Fault::kTooFewArrivals ? 129 : fault == Fault::kTooManyArrivals ? 64 : 128);
+      ptx::mbarrier_init(empty + n, fault == Fault::kTooFewArrivals    ? 129
+                                    : fault == Fault::kTooManyArrivals ? 64
+                                                                       : 128);
     }
     ptx::fence_mbarrier_init();
   }
@@ -694,8 +708,11 @@ FASTATTN_KERNEL(256, 1) ring_kernel(const FASTATTN_GRID_CONSTANT RingParameters 
       for (int tile = 0; tile < kTiles; ++tile) {
         const int stage = tile % kStages;
         const uint32_t parity = static_cast<uint32_t>(tile / kStages) & 1;
-        if (fault != Fault::kNoEmptyWait) ptx::mbarrier_wait(empty + stage, fault == Fault::kEmptyParity ? parity : parity ^ 1);
-        const uint32_t wrong = fault == Fault::kTooManyBytes ? 16u : fault == Fault::kTooFewBytes ? 0u - kTileBytes : 0u;
+        if (fault != Fault::kNoEmptyWait)
+          ptx::mbarrier_wait(empty + stage, fault == Fault::kEmptyParity ? parity : parity ^ 1);
+        const uint32_t wrong = fault == Fault::kTooManyBytes  ? 16u
+                               : fault == Fault::kTooFewBytes ? 0u - kTileBytes
+                                                              : 0u;
         ptx::mbarrier_arrive_expect_tx(full + stage, 2 * kTileBytes + wrong);
         unsigned char* tile_a = shared + 2 * stage * kTileBytes;
         if (fault == Fault::kMisalignedTile) tile_a += 128;
@@ -717,12 +734,14 @@ FASTATTN_KERNEL(256, 1) ring_kernel(const FASTATTN_GRID_CONSTANT RingParameters 
     const int stage = tile % kStages;
     const uint32_t parity = static_cast<uint32_t>(tile / kStages) & 1;
     if (fault == Fault::kMissingWarp && warp == 2 && tile == 1) continue;
-    if (fault != Fault::kNoFullWait) ptx::mbarrier_wait(full + stage, fault == Fault::kFullParity ? parity ^ 1 : parity);
+    if (fault != Fault::kNoFullWait)
+      ptx::mbarrier_wait(full + stage, fault == Fault::kFullParity ? parity ^ 1 : parity);
     if (fault != Fault::kNoWgmmaFence) ptx::wgmma_fence();
     for (int k = 0; k < 4; ++k) {
       const int step = k * (fault == Fault::kWrongDepthStep ? 64 : 32);
       const uint32_t stride = fault == Fault::kWrongStride ? 512 : 1024;
-      const unsigned char* const tile_a = shared + 2 * stage * kTileBytes + (fault == Fault::kDifferentDescriptors ? 32 * warp : 0);
+      const unsigned char* const tile_a =
+          shared + 2 * stage * kTileBytes + (fault == Fault::kDifferentDescriptors ? 32 * warp : 0);
       ptx::wgmma<bfloat16, 64, false>(d, ptx::smem_descriptor(tile_a + step, 16, stride),
                                       ptx::smem_descriptor(shared + (2 * stage + 1) * kTileBytes + step, 16, stride),
                                       tile > 0 || k > 0);
@@ -780,13 +799,14 @@ struct RingProblem {
   bool runs(Fault fault) const {
     std::vector<float> out(64 * 64, NAN);
     const RingParameters p = {a, b, out.data(), fault};
-    const std::string error = error_of([&] { launch("ring", ring_kernel, dim3(1), dim3(256), 4 * 8192 + 32, nullptr, p); });
+    const std::string error =
+        error_of([&] { launch("ring", ring_kernel, dim3(1), dim3(256), 4 * 8192 + 32, nullptr, p); });
     return error.empty() && out == expected;
   }
 };
 
-// Without a fault the result is right under every seed. A fault is caught under the default seed, the one of the ordinary test
-// run, and under most others.
+// Without a fault the result is right under every seed. A fault is caught under the default seed, the one of the
+// ordinary test run, and under most others.
 template <typename Problem>
 void test_faults(const Problem& problem, Fault first, Fault last) {
   int missed = 0, tried = 0;

@@ -84,8 +84,8 @@ struct Thread {
 };
 
 struct Barrier {
-  int expected = 0;             // threads of the round in progress; 0 when nobody has arrived, -1 the whole block
-  int arrived = 0;              // including those that only arrive
+  int expected = 0;  // threads of the round in progress; 0 when nobody has arrived, -1 the whole block
+  int arrived = 0;   // including those that only arrive
   std::vector<Thread*> waiting;
   std::vector<Thread*> members;  // everybody who arrived, for the race check
 };
@@ -118,7 +118,7 @@ class Block {
   std::vector<BulkTransfer> loads;  // TMA loads in flight
   std::vector<const uint64_t*> mbarriers;
   std::vector<std::vector<WgmmaRecord>> wgmma_log;  // per warpgroup: what its n-th wgmma was
-  int64_t index = 0;                // in the grid
+  int64_t index = 0;                                // in the grid
 
   // For the running thread.
   void suspend(const char* what);  // until somebody calls resume() for it
@@ -142,23 +142,24 @@ extern __thread Thread* thread;  // null on the stack of launch()'s caller
 [[noreturn]] void fail_for(const Thread& culprit, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 // Checks that [address, address + bytes) is dynamic shared memory and aligned; fails for `culprit` otherwise.
-unsigned char* checked_shared(const Thread& culprit, const void* address, size_t bytes, size_t alignment, const char* what);
+unsigned char* checked_shared(const Thread& culprit, const void* address, size_t bytes, size_t alignment,
+                              const char* what);
 
 // ---- instructions.cpp ----
 
 void start_thread(Thread& thread);   // fresh state of the asynchronous instructions
 void finish_thread(Thread& thread);  // fails when the thread leaves something asynchronous behind
 void finish_block();
-bool land_a_load();                  // completes a randomly chosen TMA load; false when there is none
+bool land_a_load();  // completes a randomly chosen TMA load; false when there is none
 
 // ---- race check ----
 
-// Shared memory is reached by two proxies: loads, stores and mma operands by the generic one, wgmma operands and TMA by the
-// asynchronous one. What one wrote the other sees after a proxy fence only.
+// Shared memory is reached by two proxies: loads, stores and mma operands by the generic one, wgmma operands and TMA by
+// the asynchronous one. What one wrote the other sees after a proxy fence only.
 enum class Proxy { kGeneric, kAsync };
 
-// Receives the accesses and the synchronisation of the running block; null unless a kernel was compiled for the race check
-// (race_check.cpp).
+// Receives the accesses and the synchronisation of the running block; null unless a kernel was compiled for the race
+// check (race_check.cpp).
 class RaceObserver {
  public:
   virtual void start_launch(const unsigned char* stacks_low, const unsigned char* stacks_high) = 0;
@@ -166,8 +167,8 @@ class RaceObserver {
   virtual void read(const Thread& by, const void* address, size_t bytes, Proxy proxy, const char* what) = 0;
   virtual void write(const Thread& by, const void* address, size_t bytes, const char* what) = 0;
   virtual void atomic(const Thread& by, const void* address, size_t bytes) = 0;
-  // A read that a whole warp does as one (ldmatrix, wgmma): it is over for all lanes when it is for one. start_warp_read
-  // comes before the reads of one instruction.
+  // A read that a whole warp does as one (ldmatrix, wgmma): it is over for all lanes when it is for one.
+  // start_warp_read comes before the reads of one instruction.
   virtual void start_warp_read(int warp) = 0;
   virtual void warp_read(const void* address, size_t bytes, Proxy proxy, const char* what) = 0;
   // Everybody in the list has met: what any did before, all know from now on.

@@ -259,7 +259,8 @@ class Runner {
 
   void run_block(int64_t index) {
     block_.index = index;
-    block_.random_state_ = (seed_ + 1) * 0x9E3779B97F4A7C15ull + static_cast<uint64_t>(index) * 0xBF58476D1CE4E5B9ull + 1;
+    block_.random_state_ =
+        (seed_ + 1) * 0x9E3779B97F4A7C15ull + static_cast<uint64_t>(index) * 0xBF58476D1CE4E5B9ull + 1;
     const uint3 at = {static_cast<unsigned>(index % grid_.x), static_cast<unsigned>(index / grid_.x % grid_.y),
                       static_cast<unsigned>(index / grid_.x / grid_.y)};
     if (block_.shared) std::memset(block_.shared, kPoison, allocation_bytes_);
@@ -308,8 +309,8 @@ class Runner {
     return false;
   }
 
-  // Lets a deferred warp go on, or a TMA load land; false when there is neither. A wgmma that reads what a load has not brought
-  // yet shows best when the loads come last, the default; other faults may need another order.
+  // Lets a deferred warp go on, or a TMA load land; false when there is neither. A wgmma that reads what a load has not
+  // brought yet shows best when the loads come last, the default; other faults may need another order.
   bool finish_something() {
     const size_t count = block_.warps.size(), loads = seed_ % 3 == 0 ? 0 : block_.loads.size();
     const size_t start = static_cast<size_t>(block_.random() % (count + loads));
@@ -353,8 +354,8 @@ class Runner {
     context->uc_link = nullptr;
     makecontext(context, &Runner::entry, 0);
 #else
-    // As if entry() had been left by fastattn_switch_stack: six saved registers below its address. A function starts with its
-    // stack pointer 8 below a multiple of 16.
+    // As if entry() had been left by fastattn_switch_stack: six saved registers below its address. A function starts
+    // with its stack pointer 8 below a multiple of 16.
     void** top = reinterpret_cast<void**>(t.stack + kStackBytes) - 2;
     *top = reinterpret_cast<void*>(&Runner::entry);
     for (int n = 0; n < 6; ++n) *--top = nullptr;
@@ -425,13 +426,15 @@ class Runner {
         const size_t index = w * kWarpSize + static_cast<size_t>(lane);
         if (!(block_.warps[w].alive >> lane & 1) || (told >> lane & 1)) continue;
         uint32_t same = 0;
-        for (int other = lane; other < kWarpSize && w * kWarpSize + static_cast<size_t>(other) < block_.threads.size(); ++other) {
+        for (int other = lane; other < kWarpSize && w * kWarpSize + static_cast<size_t>(other) < block_.threads.size();
+             ++other) {
           const Thread& o = block_.threads[w * kWarpSize + static_cast<size_t>(other)];
           if (!o.done && std::strcmp(o.waits_in, block_.threads[index].waits_in) == 0) same |= 1u << other;
         }
         told |= same;
         char entry_text[128];
-        std::snprintf(entry_text, sizeof entry_text, "; warp %zu lanes %08x in %s", w, same, block_.threads[index].waits_in);
+        std::snprintf(entry_text, sizeof entry_text, "; warp %zu lanes %08x in %s", w, same,
+                      block_.threads[index].waits_in);
         waits += entry_text;
       }
     }
@@ -487,7 +490,8 @@ void fail_for(const Thread& culprit, const char* format, ...) {
   std::abort();
 }
 
-unsigned char* checked_shared(const Thread& culprit, const void* address, size_t bytes, size_t alignment, const char* what) {
+unsigned char* checked_shared(const Thread& culprit, const void* address, size_t bytes, size_t alignment,
+                              const char* what) {
   const unsigned char* const p = static_cast<const unsigned char*>(address);
   const uintptr_t start = reinterpret_cast<uintptr_t>(block->shared), at = reinterpret_cast<uintptr_t>(p);
   if (at < start || at - start > block->shared_bytes || bytes > block->shared_bytes - (at - start)) {
@@ -597,7 +601,8 @@ void warp_collective(const Collective& collective, uint32_t mask, void* operands
   const uint32_t me = 1u << thread->lane;
   if (!(mask & me)) fail("%s: the lane is not in its own mask %08x", collective.name, mask);
   if ((mask & warp.alive) != mask) {
-    fail("%s: mask %08x names lanes that have returned or do not exist (there are %08x)", collective.name, mask, warp.alive);
+    fail("%s: mask %08x names lanes that have returned or do not exist (there are %08x)", collective.name, mask,
+         warp.alive);
   }
   OpenCollective* open = nullptr;
   for (int n = 0; n < warp.open_count; ++n) {
@@ -605,7 +610,8 @@ void warp_collective(const Collective& collective, uint32_t mask, void* operands
     if (other.collective == &collective && other.mask == mask) {
       open = &other;
     } else if ((other.mask & me) && (other.arrived & mask)) {
-      // Each waits for the other somewhere else. (One-sided is fine: part of the warp has something to do before it comes.)
+      // Each waits for the other somewhere else. (One-sided is fine: part of the warp has something to do before it
+      // comes.)
       fail("diverged warp: this lane is in %s with mask %08x, lane %d in %s with mask %08x", collective.name, mask,
            __builtin_ctz(other.arrived), other.collective->name, other.mask);
     }
@@ -641,8 +647,10 @@ void run_shuffle(uint32_t mask, void* const (&operands)[32]) {
   }
 }
 
-const Collective kShuffles[] = {
-    {"__shfl_sync", run_shuffle}, {"__shfl_xor_sync", run_shuffle}, {"__shfl_up_sync", run_shuffle}, {"__shfl_down_sync", run_shuffle}};
+const Collective kShuffles[] = {{"__shfl_sync", run_shuffle},
+                                {"__shfl_xor_sync", run_shuffle},
+                                {"__shfl_up_sync", run_shuffle},
+                                {"__shfl_down_sync", run_shuffle}};
 
 struct VoteOperands {
   uint32_t value, result;
@@ -650,8 +658,10 @@ struct VoteOperands {
 
 void run_reduce_or(uint32_t mask, void* const (&operands)[32]) {
   uint32_t result = 0;
-  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) result |= static_cast<VoteOperands*>(operands[__builtin_ctz(rest)])->value;
-  for (uint32_t rest = mask; rest != 0; rest &= rest - 1) static_cast<VoteOperands*>(operands[__builtin_ctz(rest)])->result = result;
+  for (uint32_t rest = mask; rest != 0; rest &= rest - 1)
+    result |= static_cast<VoteOperands*>(operands[__builtin_ctz(rest)])->value;
+  for (uint32_t rest = mask; rest != 0; rest &= rest - 1)
+    static_cast<VoteOperands*>(operands[__builtin_ctz(rest)])->result = result;
 }
 
 const Collective kBallot = {"a vote (__ballot_sync, __any_sync, __all_sync)", run_reduce_or};
@@ -675,10 +685,18 @@ uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int argument) {
   const int lane = thread->lane;
   int source = lane;
   switch (kind) {
-    case Shuffle::kIndex: source = argument & (kWarpSize - 1); break;
-    case Shuffle::kXor: source = lane ^ argument; break;
-    case Shuffle::kUp: source = lane - argument; break;
-    case Shuffle::kDown: source = lane + argument; break;
+    case Shuffle::kIndex:
+      source = argument & (kWarpSize - 1);
+      break;
+    case Shuffle::kXor:
+      source = lane ^ argument;
+      break;
+    case Shuffle::kUp:
+      source = lane - argument;
+      break;
+    case Shuffle::kDown:
+      source = lane + argument;
+      break;
   }
   if (source < 0 || source >= kWarpSize) source = lane;  // such a lane keeps its own value
   ShuffleOperands operands = {value, 0, source};
@@ -721,7 +739,8 @@ void run(const char* kernel_name, dim3 grid, dim3 block_size, size_t shared_byte
            ") blocks; the limits are (2^31 - 1, 65535, 65535)");
   }
   const uint64_t threads = uint64_t{block_size.x} * block_size.y * block_size.z;
-  if (threads == 0 || threads > kMaxThreads || block_size.z > 64) refuse("a block of " + std::to_string(threads) + " threads");
+  if (threads == 0 || threads > kMaxThreads || block_size.z > 64)
+    refuse("a block of " + std::to_string(threads) + " threads");
   const size_t most = device_info().shared_bytes_per_block_optin;
   if (shared_bytes > most) {
     refuse(std::to_string(shared_bytes) + " bytes of shared memory; the device has " + std::to_string(most));

@@ -1,26 +1,30 @@
-// Executes CUDA kernels on the CPU, to test them where there is no GPU: every CUDA thread is a fiber, the blocks of a grid
-// run one after another, barriers and warp collectives are meeting points of fibers.
+// Executes CUDA kernels on the CPU, to test them where there is no GPU: every CUDA thread is a fiber, the blocks of a
+// grid run one after another, barriers and warp collectives are meeting points of fibers.
 //
 // It is a tester, not a simulator of speed. What the hardware leaves open is decided against the kernel:
-//   * one warp runs as far ahead as it can, the lanes of a warp run in a random order between two collectives, and odd seeds
+//   * one warp runs as far ahead as it can, the lanes of a warp run in a random order between two collectives, and odd
+//   seeds
 //     run the blocks of the grid in reverse; FASTATTN_EMULATE_SEED chooses the seed (default 0);
 //   * dynamic shared memory is exactly as large as asked for and starts as NaN in every float type;
-//   * the destination of an asynchronous copy (cp.async, TMA) is NaN from the issue until the copy lands, which happens as
+//   * the destination of an asynchronous copy (cp.async, TMA) is NaN from the issue until the copy lands, which happens
+//   as
 //     late as the waits of the kernel allow, or for TMA at a random time, in a random order;
 //   * wgmma reads shared memory only when its warp waits for it, and its accumulators are NaN until then.
-// Misuse (a deadlock, diverged lanes in a collective, a misaligned or foreign address, too much shared memory, a copy nobody
-// waited for, a barrier with too many arrivals, ...) throws EmulationError out of launch(), which names the kernel, the block
-// and the thread.
+// Misuse (a deadlock, diverged lanes in a collective, a misaligned or foreign address, too much shared memory, a copy
+// nobody waited for, a barrier with too many arrivals, ...) throws EmulationError out of launch(), which names the
+// kernel, the block and the thread.
 //
-// Not seen without the race check (race_check.cpp): missing synchronisation that every schedule tried survives, a missing proxy
-// fence. Not seen at all: bank conflicts, register pressure, the memory model of several blocks (they run one after another), a
-// thread that spins on plain memory (it hangs). exp2 is as exact as the C library where the hardware approximates, and tensor
-// cores add in another order.
+// Not seen without the race check (race_check.cpp): missing synchronisation that every schedule tried survives, a
+// missing proxy fence. Not seen at all: bank conflicts, register pressure, the memory model of several blocks (they run
+// one after another), a thread that spins on plain memory (it hangs). exp2 is as exact as the C library where the
+// hardware approximates, and tensor cores add in another order.
 //
 // How to build:
-//   * every csrc/cuda/*.cu as C++17 with -DFASTATTN_EMULATE -fno-strict-aliasing (kernels read shared memory as several types)
+//   * every csrc/cuda/*.cu as C++17 with -DFASTATTN_EMULATE -fno-strict-aliasing (kernels read shared memory as several
+//   types)
 //     -Wno-unknown-pragmas, and the sources of this folder with the same definition. Never -ffast-math.
-//   * race check: the kernels with -fsanitize=thread -fno-builtin-memset (a loop of stores turned into a call is not seen) at
+//   * race check: the kernels with -fsanitize=thread -fno-builtin-memset (a loop of stores turned into a call is not
+//   seen) at
 //     compile time, this folder without it, and no sanitizer at link time.
 //   * address and undefined-behaviour sanitizers: everything with the same flags.
 // Included by platform.h only.
@@ -111,9 +115,9 @@ struct Collective {
 
 void warp_collective(const Collective& collective, uint32_t mask, void* operands);
 
-void block_barrier();                                // __syncthreads
-void named_barrier(int id, int threads);             // bar.sync
-void named_barrier_arrive(int id, int threads);      // bar.arrive
+void block_barrier();                            // __syncthreads
+void named_barrier(int id, int threads);         // bar.sync
+void named_barrier_arrive(int id, int threads);  // bar.arrive
 
 enum class Shuffle { kIndex, kXor, kUp, kDown };
 uint64_t shuffle(Shuffle kind, uint32_t mask, uint64_t value, int argument);
@@ -140,8 +144,8 @@ inline uint32_t bits_of_float(float value) {
 }
 
 inline float float_from_half_bits(uint16_t half_bits) {
-  // The exponent and the mantissa in the place that float has for them mean 2^-112 of the value; the multiplication is exact
-  // and normalises subnormals. Infinity and NaN keep their all-ones exponent by hand.
+  // The exponent and the mantissa in the place that float has for them mean 2^-112 of the value; the multiplication is
+  // exact and normalises subnormals. Infinity and NaN keep their all-ones exponent by hand.
   const uint32_t magnitude = static_cast<uint32_t>(half_bits & 0x7fffu) << 13;
   uint32_t bits = bits_of_float(float_from_bits(magnitude) * 0x1p112f);
   if (magnitude >= (0x7c00u << 13)) bits |= 0x7f800000u;
@@ -224,9 +228,7 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
-}
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
 
 inline uint32_t __float_as_uint(float x) { return emulator::bits_of_float(x); }
 inline float __uint_as_float(uint32_t x) { return emulator::float_from_bits(x); }
@@ -236,7 +238,8 @@ inline float __int_as_float(int x) { return emulator::float_from_bits(static_cas
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1.0f / x; }
-// The product is exact in double. The C library's fmaf is a function call where the compiler may not assume an FMA unit.
+// The product is exact in double. The C library's fmaf is a function call where the compiler may not assume an FMA
+// unit.
 inline float fmaf(float x, float y, float z) { return static_cast<float>(static_cast<double>(x) * y + z); }
 inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __fadd_rn(float x, float y) { return x + y; }

@@ -10,8 +10,8 @@ namespace fastattn::cuda::emulator {
 
 namespace {
 
-// Eight floats as the compilers know them, so that the products are fast in every build. Loose alignment: they lie in arrays
-// of floats.
+// Eight floats as the compilers know them, so that the products are fast in every build. Loose alignment: they lie in
+// arrays of floats.
 typedef float Row8 __attribute__((vector_size(32), aligned(4), may_alias));
 
 // The 8 bytes of an mbarrier. The tag tells it from memory that was never initialised, or has been overwritten.
@@ -38,7 +38,8 @@ void start_thread(Thread& t) {
 
 void finish_thread(Thread& t) {
   if (!t.copies.empty()) fail_for(t, "the thread returned with %zu cp.async that it did not wait for", t.copies.size());
-  if (!t.stores.empty()) fail_for(t, "the thread returned with %zu TMA stores that it did not wait for", t.stores.size());
+  if (!t.stores.empty())
+    fail_for(t, "the thread returned with %zu TMA stores that it did not wait for", t.stores.size());
   if (!t.wgmma.pending.empty()) {
     fail_for(t, "the thread returned with %zu wgmma that it did not wait for", t.wgmma.pending.size());
   }
@@ -81,7 +82,8 @@ float exp2_flushed(float x) {
 void copy16(void* destination, const void* source, int bytes) {
   if (bytes < 0 || bytes > 16) fail("cp.async: %d bytes of 16", bytes);
   unsigned char* const to = checked_shared(*thread, destination, 16, 16, "cp.async");
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(source) % 16 != 0) fail("cp.async: misaligned global address %p", source);
+  if (bytes > 0 && reinterpret_cast<uintptr_t>(source) % 16 != 0)
+    fail("cp.async: misaligned global address %p", source);
   if (race_observer) race_observer->write(*thread, to, 16, "cp.async");
   std::memset(to, kPoison, 16);
   thread->copies.push_back({to, source, bytes, thread->copy_group});
@@ -95,7 +97,8 @@ void copy_wait(int pending_groups) {
   for (const PendingCopy& copy : thread->copies) {
     if (copy.group >= first_pending) break;
     if (race_observer) {
-      if (copy.bytes > 0) race_observer->read(*thread, copy.source, static_cast<size_t>(copy.bytes), Proxy::kGeneric, "cp.async");
+      if (copy.bytes > 0)
+        race_observer->read(*thread, copy.source, static_cast<size_t>(copy.bytes), Proxy::kGeneric, "cp.async");
       race_observer->write(*thread, copy.destination, 16, "cp.async");
     }
     if (copy.bytes > 0) std::memcpy(copy.destination, copy.source, static_cast<size_t>(copy.bytes));
@@ -184,7 +187,8 @@ void run_multiply(uint32_t, void* const (&operands)[32]) {
   }
 }
 
-const Collective kMultiply[2] = {{"mma.m16n8k16 (float16)", run_multiply<false>}, {"mma.m16n8k16 (bfloat16)", run_multiply<true>}};
+const Collective kMultiply[2] = {{"mma.m16n8k16 (float16)", run_multiply<false>},
+                                 {"mma.m16n8k16 (bfloat16)", run_multiply<true>}};
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
@@ -199,7 +203,6 @@ void multiply_m16n8k16(bool is_bfloat16, float* c, const uint32_t* a, uint32_t b
   MultiplyOperands operands = {c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
   warp_collective(kMultiply[is_bfloat16], kAllLanes, &operands);
 }
-
 
 // ---- sm_90: barriers in shared memory ----
 
@@ -359,7 +362,8 @@ bool land_a_load() {
   return true;
 }
 
-void tensor_load(void* destination, const EmulatedTensorMap& map, uint64_t* barrier, int column, int row, int head, int batch) {
+void tensor_load(void* destination, const EmulatedTensorMap& map, uint64_t* barrier, int column, int row, int head,
+                 int batch) {
   BulkTransfer transfer = {};
   transfer.bytes = box_bytes(map);
   transfer.shared = checked_shared(*thread, destination, transfer.bytes, kSwizzleAlignment, "TMA load");
@@ -470,7 +474,8 @@ void describe(const WgmmaRecord& record, char (&text)[160]) {
 class Operand {
  public:
   Operand(bool is_bfloat16, uint64_t descriptor, bool transposed) : is_bfloat16_(is_bfloat16), transposed_(transposed) {
-    if (descriptor >> 62 != 1) fail("wgmma: a descriptor without the 128-byte swizzle: %llx", static_cast<unsigned long long>(descriptor));
+    if (descriptor >> 62 != 1)
+      fail("wgmma: a descriptor without the 128-byte swizzle: %llx", static_cast<unsigned long long>(descriptor));
     start_ = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
     leading_ = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
     stride_ = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
@@ -481,7 +486,8 @@ class Operand {
     const uint32_t offset = transposed_ ? ur % 64 * 2 + ur / 64 * leading_ + uk % 8 * 128 + uk / 8 * stride_
                                         : ur % 8 * 128 + ur / 8 * stride_ + uk * 2;
     const uint32_t address = swizzled(start_ + offset);
-    if (address + 2 > block->shared_bytes) fail("wgmma: operand element (%d, %d) at shared memory offset %u of %zu", r, k, address, block->shared_bytes);
+    if (address + 2 > block->shared_bytes)
+      fail("wgmma: operand element (%d, %d) at shared memory offset %u of %zu", r, k, address, block->shared_bytes);
     const unsigned char* const from = block->shared + address;
     if (race_observer) race_observer->warp_read(from, 2, Proxy::kAsync, "wgmma");
     uint16_t bits;
@@ -574,7 +580,8 @@ void run_wgmma_wait(uint32_t, void* const (&operands)[32]) {
       std::copy(accumulator.value.begin(), accumulator.value.end(), accumulator.d);
       return true;
     };
-    state.accumulators.erase(std::remove_if(state.accumulators.begin(), state.accumulators.end(), finished), state.accumulators.end());
+    state.accumulators.erase(std::remove_if(state.accumulators.begin(), state.accumulators.end(), finished),
+                             state.accumulators.end());
   }
 }
 
@@ -645,7 +652,8 @@ void wgmma_wait(int pending_groups) {
 
 void set_max_registers(int count) {
   check_warpgroup("setmaxnreg");
-  if (count < 24 || count > 256 || count % 8 != 0) fail("setmaxnreg: %d registers, multiples of 8 from 24 to 256", count);
+  if (count < 24 || count > 256 || count % 8 != 0)
+    fail("setmaxnreg: %d registers, multiples of 8 from 24 to 256", count);
   thread->registers = count;
 }
 

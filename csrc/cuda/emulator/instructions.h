@@ -11,7 +11,7 @@ namespace fastattn::cuda {
 // Four-dimensional tensor [batch, head, row, column] as TMA sees it; the emulator's CUtensorMap.
 struct EmulatedTensorMap {
   unsigned char* base;
-  int64_t size[4];          // columns, rows, heads, batch
+  int64_t size[4];  // columns, rows, heads, batch
   int64_t stride_bytes[4];
   int box_rows, box_columns;
   int element_bytes;
@@ -39,7 +39,8 @@ void mbarrier_expect(uint64_t* barrier, uint32_t bytes, bool arrive);
 void mbarrier_wait(uint64_t* barrier, uint32_t parity);
 void proxy_fence();
 
-void tensor_load(void* destination, const EmulatedTensorMap& map, uint64_t* barrier, int column, int row, int head, int batch);
+void tensor_load(void* destination, const EmulatedTensorMap& map, uint64_t* barrier, int column, int row, int head,
+                 int batch);
 void tensor_store(const EmulatedTensorMap& map, const void* source, int column, int row, int head, int batch);
 void linear_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier);
 void store_commit();

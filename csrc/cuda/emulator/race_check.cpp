@@ -1,15 +1,16 @@
 // Finds accesses of two threads to the same memory, one of them a write, that no synchronisation orders.
 //
-// A kernel compiled with -fsanitize=thread calls a __tsan_* function at every access to memory. The functions below take the
-// place of the thread sanitizer's library, whose threads are not ours: they feed a race check over the threads of the emulated
-// block. It watches as soon as one such object file is part of the program; otherwise it costs nothing.
+// A kernel compiled with -fsanitize=thread calls a __tsan_* function at every access to memory. The functions below
+// take the place of the thread sanitizer's library, whose threads are not ours: they feed a race check over the threads
+// of the emulated block. It watches as soon as one such object file is part of the program; otherwise it costs nothing.
 //
-// The check is by vector clocks: the clock of an actor tells, for each actor, up to which of its epochs it knows what it did.
-// An access is a race unless the accessing actor knows the epoch of every conflicting access before it. Actors are the
-// threads of the block, one for all TMA loads, and one per warp for the reads that a warp does as one.
+// The check is by vector clocks: the clock of an actor tells, for each actor, up to which of its epochs it knows what
+// it did. An access is a race unless the accessing actor knows the epoch of every conflicting access before it. Actors
+// are the threads of the block, one for all TMA loads, and one per warp for the reads that a warp does as one.
 //
-// Shared memory starts afresh with every block. In global memory, accesses from different blocks of a launch are ordered by one
-// thing only: __threadfence and then an atomic in the first block, an atomic and then __threadfence in the second.
+// Shared memory starts afresh with every block. In global memory, accesses from different blocks of a launch are
+// ordered by one thing only: __threadfence and then an atomic in the first block, an atomic and then __threadfence in
+// the second.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -29,8 +30,9 @@ void merge(Clock& into, const Clock& from) {
 // What an actor knows.
 struct Knowledge {
   Clock known;
-  Clock fenced;                    // of that, what has passed a proxy fence
-  int64_t seen = 0, published = 0;  // publications of other blocks: numbers below have been seen, and passed __threadfence
+  Clock fenced;  // of that, what has passed a proxy fence
+  // Publications of other blocks: those with numbers below have been seen, and have passed __threadfence since.
+  int64_t seen = 0, published = 0;
 
   void reset(size_t actors) {
     known.assign(actors, 0);
@@ -98,7 +100,7 @@ struct State {
   std::unordered_map<const void*, Knowledge> keys;
   std::map<int64_t, Knowledge> landing;  // TMA loads in flight, by ticket
   int64_t next_ticket = 0;
-  std::vector<Clock> before_fence;  // of each thread at its last __threadfence; empty before the first
+  std::vector<Clock> before_fence;        // of each thread at its last __threadfence; empty before the first
   std::vector<Publication> publications;  // in this launch
   Shadow shared, global;
   uintptr_t stacks_low = 0, stacks_high = 0;
@@ -128,21 +130,23 @@ std::string name_of(int actor) {
   return "thread " + std::to_string(actor);
 }
 
-[[noreturn]] void report(const char* kind, uintptr_t address, const Access& before, const Access& now, const char* missing) {
+[[noreturn]] void report(const char* kind, uintptr_t address, const Access& before, const Access& now,
+                         const char* missing) {
   const bool shared = in_shared(address);
   char where[64], text[384];
   std::snprintf(where, sizeof where, shared ? "shared memory offset %zu" : "global memory %#zx",
                 static_cast<size_t>(shared ? address - reinterpret_cast<uintptr_t>(block->shared) : address));
   {
     const std::string other = name_of(before.actor), me = name_of(now.actor);
-    std::snprintf(text, sizeof text, "race (%s) on %s: %s by %s, then %s by %s, without %s", kind, where, before.what, other.c_str(),
-                  now.what, me.c_str(), missing);
+    std::snprintf(text, sizeof text, "race (%s) on %s: %s by %s, then %s by %s, without %s", kind, where, before.what,
+                  other.c_str(), now.what, me.c_str(), missing);
   }
   fail("%s", text);
 }
 
 [[noreturn]] void report_blocks(uintptr_t address, const char* before, const Access& now) {
-  fail("race on global memory %#zx: %s in another block of the grid and %s here", static_cast<size_t>(address), before, now.what);
+  fail("race on global memory %#zx: %s in another block of the grid and %s here", static_cast<size_t>(address), before,
+       now.what);
 }
 
 enum class Kind { kRead, kWrite, kAtomic };
@@ -159,7 +163,8 @@ bool published(int64_t of_block, const Access& before, const Knowledge& mine) {
 // Only global memory outlives a block.
 void check_other_blocks(Byte& byte, const Access& now, Kind kind, const Knowledge& mine, uintptr_t address) {
   if (byte.block != block->index) {
-    if (byte.writer.actor >= 0 && !published(byte.block, byte.writer, mine)) report_blocks(address, byte.writer.what, now);
+    if (byte.writer.actor >= 0 && !published(byte.block, byte.writer, mine))
+      report_blocks(address, byte.writer.what, now);
     byte.writer = Access{};
     byte.read_elsewhere |= !byte.readers.empty();
     byte.atomic_elsewhere |= !byte.atomics.empty();
@@ -397,10 +402,10 @@ void* __tsan_memset(void* to, int value, unsigned long bytes) {
   return std::memset(to, value, bytes);
 }
 
-#define FASTATTN_ACCESS(bytes)                                                                  \
-  void __tsan_read##bytes(void* address) { touched(address, bytes, Kind::kRead); }              \
-  void __tsan_write##bytes(void* address) { touched(address, bytes, Kind::kWrite); }            \
-  void __tsan_unaligned_read##bytes(void* address) { touched(address, bytes, Kind::kRead); }    \
+#define FASTATTN_ACCESS(bytes)                                                               \
+  void __tsan_read##bytes(void* address) { touched(address, bytes, Kind::kRead); }           \
+  void __tsan_write##bytes(void* address) { touched(address, bytes, Kind::kWrite); }         \
+  void __tsan_unaligned_read##bytes(void* address) { touched(address, bytes, Kind::kRead); } \
   void __tsan_unaligned_write##bytes(void* address) { touched(address, bytes, Kind::kWrite); }
 FASTATTN_ACCESS(1)
 FASTATTN_ACCESS(2)
@@ -410,17 +415,23 @@ FASTATTN_ACCESS(16)
 #undef FASTATTN_ACCESS
 
 // C++ atomics, of the host code in such a file: done as they are.
-#define FASTATTN_ATOMIC(bits, type)                                                                                       \
-  type __tsan_atomic##bits##_load(const volatile type* a, int) { return __atomic_load_n(a, __ATOMIC_SEQ_CST); }           \
-  void __tsan_atomic##bits##_store(volatile type* a, type v, int) { __atomic_store_n(a, v, __ATOMIC_SEQ_CST); }           \
-  type __tsan_atomic##bits##_exchange(volatile type* a, type v, int) { return __atomic_exchange_n(a, v, __ATOMIC_SEQ_CST); } \
-  type __tsan_atomic##bits##_fetch_add(volatile type* a, type v, int) { return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST); } \
-  type __tsan_atomic##bits##_fetch_sub(volatile type* a, type v, int) { return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST); } \
-  int __tsan_atomic##bits##_compare_exchange_strong(volatile type* a, type* expected, type v, int, int) {                 \
-    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
-  }                                                                                                                       \
-  int __tsan_atomic##bits##_compare_exchange_weak(volatile type* a, type* expected, type v, int, int) {                   \
-    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                        \
+#define FASTATTN_ATOMIC(bits, type)                                                                             \
+  type __tsan_atomic##bits##_load(const volatile type* a, int) { return __atomic_load_n(a, __ATOMIC_SEQ_CST); } \
+  void __tsan_atomic##bits##_store(volatile type* a, type v, int) { __atomic_store_n(a, v, __ATOMIC_SEQ_CST); } \
+  type __tsan_atomic##bits##_exchange(volatile type* a, type v, int) {                                          \
+    return __atomic_exchange_n(a, v, __ATOMIC_SEQ_CST);                                                         \
+  }                                                                                                             \
+  type __tsan_atomic##bits##_fetch_add(volatile type* a, type v, int) {                                         \
+    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);                                                          \
+  }                                                                                                             \
+  type __tsan_atomic##bits##_fetch_sub(volatile type* a, type v, int) {                                         \
+    return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST);                                                          \
+  }                                                                                                             \
+  int __tsan_atomic##bits##_compare_exchange_strong(volatile type* a, type* expected, type v, int, int) {       \
+    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);              \
+  }                                                                                                             \
+  int __tsan_atomic##bits##_compare_exchange_weak(volatile type* a, type* expected, type v, int, int) {         \
+    return __atomic_compare_exchange_n(a, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);              \
   }
 FASTATTN_ATOMIC(8, uint8_t)
 FASTATTN_ATOMIC(16, uint16_t)
