@@ -44,9 +44,11 @@ inline Saved forward(AttentionParams& p, bool rows_first, bool with_grad_lse, Ra
         }
         for (int64_t d = 0; d < p.dim_v; ++d) put(s.out.ref, b, h, i, d, sum > 0.0 ? out[d] / sum : 0.0);
         put(s.lse.ref, b, h, i, 0, sum > 0.0 ? top + std::log(sum) : -kInf);
-        // What reaches the -inf of a row without keys may be NaN, and so may its query.
+        // What reaches a row without keys and the -inf of its lse may be NaN, and so may its query.
         put(s.grad_lse.ref, b, h, i, 0, with_grad_lse ? (sum > 0.0 ? small_number(random) : kNan) : 0.0);
-        if (!live) put(p.query, b, h, i, p.dim_qk / 2, kNan);
+        if (live) continue;
+        put(p.query, b, h, i, p.dim_qk / 2, kNan);
+        put(s.grad_out.ref, b, h, i, p.dim_v / 2, kNan);
       }
   return s;
 }
