@@ -19,6 +19,7 @@
 // Full tiles run a body without mask code. The copy warp lists no tile beyond the last, so a block without live tiles stores
 // zeros. Rows and columns beyond the ends are zero by TMA; a query row beyond the end has shift +inf and so probability 0.
 //
+// Short sequences have a kernel of their own, attention_backward_hopper_short.cu.
 // Head dims up to 64 use the instance of 64, others up to 128 that of 128.
 #include "attention_backward_hopper.h"
 
@@ -74,7 +75,6 @@ void attention_backward_hopper(const AttentionBackwardParams& p) {
       reinterpret_cast<char*>(ceil_div(static_cast<int64_t>(reinterpret_cast<intptr_t>(p.workspace)), 256) * 256);
   float* const shift = reinterpret_cast<float*>(workspace);
   float* const delta = reinterpret_cast<float*>(workspace + row_bytes(p));
-  attention_backward_delta(p, shift, delta);
 
   Problem problem;
   problem.mask = p.mask;
@@ -93,6 +93,8 @@ void attention_backward_hopper(const AttentionBackwardParams& p) {
   problem.tiles = 0;
   problem.scale = static_cast<float>(p.scale);
   problem.scale_log2 = static_cast<float>(p.scale * kLog2E);
+  if (is_short(p)) return run_short(p, problem);
+  attention_backward_delta(p, shift, delta);
   run_dkv(p, problem);
   run_dq(p, problem);
 }

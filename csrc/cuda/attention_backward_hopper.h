@@ -53,6 +53,10 @@ int64_t dq_blocks(const AttentionBackwardParams& params);
 void run_dkv(const AttentionBackwardParams& params, Problem problem);
 void run_dq(const AttentionBackwardParams& params, Problem problem);
 
+// Short sequences: one kernel for all three gradients, without shift and delta in global memory.
+bool is_short(const AttentionBackwardParams& params);
+void run_short(const AttentionBackwardParams& params, const Problem& problem);
+
 // The head dim of the instance that serves the problem.
 static inline int padded_head_dim(const AttentionParams& p) { return max64(p.dim_qk, p.dim_v) <= 64 ? 64 : 128; }
 
@@ -134,6 +138,66 @@ FASTATTN_DEVICE void zero_rows(unsigned char* operand, int row0, uint32_t dead, 
     if (lane < kChunks)
       *reinterpret_cast<uint4*>(operand + lane / 8 * ROWS * kRowBytes + row * kRowBytes + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
   }
+}
+
+// What a thread reads of a stage beside the operands: its columns, two neighbours in each group of 8.
+struct Columns {
+  const float *shift, *delta;
+  const uint32_t* bits;  // of the keys of its warp's half word
+  uint32_t low, high;    // the bits of its two key rows
+};
+
+// One tile of 64 keys x BM queries. S^T and dP^T have the keys as rows, so P^T and dS^T leave the first products where the
+// second ones want them: in registers, as their left operand.
+// keep_ds gets dS^T, packed.
+template <typename T, int HEAD_DIM, int BM, bool MASKED, typename Keep>
+FASTATTN_DEVICE void dkv_tile(float (&dk)[HEAD_DIM / 2], float (&dv)[HEAD_DIM / 2], uint64_t key, uint64_t value,
+                              uint64_t query, uint64_t grad_out, const Columns& columns, float scale_log2, const Keep& keep_ds) {
+  float p[BM / 2], ds[BM / 2];  // [64 keys, BM queries]: scores, then probabilities; dP, then dS
+  ptx::wgmma_fence();
+  scores<T, HEAD_DIM, BM>(p, key, query);
+  ptx::wgmma_commit();
+  scores<T, HEAD_DIM, BM>(ds, value, grad_out);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();
+#pragma unroll
+  for (int n = 0; n < BM / 8; ++n) {
+    const float2 shift = *reinterpret_cast<const float2*>(columns.shift + 8 * n);
+    p[4 * n] = ptx::ex2(p[4 * n] * scale_log2 - shift.x);
+    p[4 * n + 1] = ptx::ex2(p[4 * n + 1] * scale_log2 - shift.y);
+    p[4 * n + 2] = ptx::ex2(p[4 * n + 2] * scale_log2 - shift.x);
+    p[4 * n + 3] = ptx::ex2(p[4 * n + 3] * scale_log2 - shift.y);
+  }
+  ptx::wgmma_wait<0>();
+#pragma unroll
+  for (int n = 0; n < BM / 8; ++n) {
+    const float2 delta = *reinterpret_cast<const float2*>(columns.delta + 8 * n);
+    ds[4 * n] = p[4 * n] * (ds[4 * n] - delta.x);
+    ds[4 * n + 1] = p[4 * n + 1] * (ds[4 * n + 1] - delta.y);
+    ds[4 * n + 2] = p[4 * n + 2] * (ds[4 * n + 2] - delta.x);
+    ds[4 * n + 3] = p[4 * n + 3] * (ds[4 * n + 3] - delta.y);
+    if constexpr (MASKED) {
+      // Selected, both: key and value of a key that is not attended to may be NaN.
+      const uint2 bits = *reinterpret_cast<const uint2*>(columns.bits + 8 * n);
+      p[4 * n] = bits.x & columns.low ? p[4 * n] : 0.0f;
+      p[4 * n + 1] = bits.y & columns.low ? p[4 * n + 1] : 0.0f;
+      p[4 * n + 2] = bits.x & columns.high ? p[4 * n + 2] : 0.0f;
+      p[4 * n + 3] = bits.y & columns.high ? p[4 * n + 3] : 0.0f;
+      ds[4 * n] = bits.x & columns.low ? ds[4 * n] : 0.0f;
+      ds[4 * n + 1] = bits.y & columns.low ? ds[4 * n + 1] : 0.0f;
+      ds[4 * n + 2] = bits.x & columns.high ? ds[4 * n + 2] : 0.0f;
+      ds[4 * n + 3] = bits.y & columns.high ? ds[4 * n + 3] : 0.0f;
+    }
+  }
+  uint32_t p_operand[BM / 16][4], ds_operand[BM / 16][4];
+  pack<T, BM>(p_operand, p);
+  pack<T, BM>(ds_operand, ds);
+  keep_ds(ds_operand);
+  ptx::wgmma_fence();
+  accumulate<T, HEAD_DIM, BM>(dv, p_operand, grad_out);
+  accumulate<T, HEAD_DIM, BM>(dk, ds_operand, query);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
 }
 
 #endif

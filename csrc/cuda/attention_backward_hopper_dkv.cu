@@ -18,69 +18,6 @@ struct DkvTile {
   static constexpr int kSharedBytes = kBarriersOffset + (1 + 4 * kStages) * 8;
 };
 
-#if FASTATTN_HOPPER
-
-// What a thread reads of a stage beside the operands: its columns, two neighbours in each group of 8.
-struct Columns {
-  const float *shift, *delta;
-  const uint32_t* bits;  // of the keys of its warp's half word
-  uint32_t low, high;    // the bits of its two key rows
-};
-
-// One tile of 64 keys x BM queries. S^T and dP^T have the keys as rows, so P^T and dS^T leave the first products where the
-// second ones want them: in registers, as their left operand.
-template <typename T, int HEAD_DIM, bool MASKED>
-FASTATTN_DEVICE void dkv_tile(float (&dk)[HEAD_DIM / 2], float (&dv)[HEAD_DIM / 2], uint64_t key, uint64_t value,
-                              uint64_t query, uint64_t grad_out, const Columns& columns, float scale_log2) {
-  constexpr int BM = DkvTile<HEAD_DIM>::BM;
-  float p[BM / 2], ds[BM / 2];  // [64 keys, BM queries]: scores, then probabilities; dP, then dS
-  ptx::wgmma_fence();
-  scores<T, HEAD_DIM, BM>(p, key, query);
-  ptx::wgmma_commit();
-  scores<T, HEAD_DIM, BM>(ds, value, grad_out);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<1>();
-#pragma unroll
-  for (int n = 0; n < BM / 8; ++n) {
-    const float2 shift = *reinterpret_cast<const float2*>(columns.shift + 8 * n);
-    p[4 * n] = ptx::ex2(p[4 * n] * scale_log2 - shift.x);
-    p[4 * n + 1] = ptx::ex2(p[4 * n + 1] * scale_log2 - shift.y);
-    p[4 * n + 2] = ptx::ex2(p[4 * n + 2] * scale_log2 - shift.x);
-    p[4 * n + 3] = ptx::ex2(p[4 * n + 3] * scale_log2 - shift.y);
-  }
-  ptx::wgmma_wait<0>();
-#pragma unroll
-  for (int n = 0; n < BM / 8; ++n) {
-    const float2 delta = *reinterpret_cast<const float2*>(columns.delta + 8 * n);
-    ds[4 * n] = p[4 * n] * (ds[4 * n] - delta.x);
-    ds[4 * n + 1] = p[4 * n + 1] * (ds[4 * n + 1] - delta.y);
-    ds[4 * n + 2] = p[4 * n + 2] * (ds[4 * n + 2] - delta.x);
-    ds[4 * n + 3] = p[4 * n + 3] * (ds[4 * n + 3] - delta.y);
-    if constexpr (MASKED) {
-      // Selected, both: key and value of a key that is not attended to may be NaN.
-      const uint2 bits = *reinterpret_cast<const uint2*>(columns.bits + 8 * n);
-      p[4 * n] = bits.x & columns.low ? p[4 * n] : 0.0f;
-      p[4 * n + 1] = bits.y & columns.low ? p[4 * n + 1] : 0.0f;
-      p[4 * n + 2] = bits.x & columns.high ? p[4 * n + 2] : 0.0f;
-      p[4 * n + 3] = bits.y & columns.high ? p[4 * n + 3] : 0.0f;
-      ds[4 * n] = bits.x & columns.low ? ds[4 * n] : 0.0f;
-      ds[4 * n + 1] = bits.y & columns.low ? ds[4 * n + 1] : 0.0f;
-      ds[4 * n + 2] = bits.x & columns.high ? ds[4 * n + 2] : 0.0f;
-      ds[4 * n + 3] = bits.y & columns.high ? ds[4 * n + 3] : 0.0f;
-    }
-  }
-  uint32_t p_operand[BM / 16][4], ds_operand[BM / 16][4];
-  pack<T, BM>(p_operand, p);
-  pack<T, BM>(ds_operand, ds);
-  ptx::wgmma_fence();
-  accumulate<T, HEAD_DIM, BM>(dv, p_operand, grad_out);
-  accumulate<T, HEAD_DIM, BM>(dk, ds_operand, query);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-}
-
-#endif
-
 template <typename T, int HEAD_DIM>
 FASTATTN_KERNEL(kThreads, 1)
 attention_backward_dkv_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, const FASTATTN_GRID_CONSTANT Problem problem) {
@@ -217,10 +154,11 @@ attention_backward_dkv_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, con
       columns.high = columns.low << 8;
       ptx::mbarrier_wait(landed + stage, phase);
       const uint64_t grad_out = query + (Tile::kQueryBytes >> 4);
+      const auto nothing = [](const auto&) {};
       if (kind == kFull)
-        dkv_tile<T, HEAD_DIM, false>(dk, dv, key_operand, value_operand, query, grad_out, columns, problem.scale_log2);
+        dkv_tile<T, HEAD_DIM, BM, false>(dk, dv, key_operand, value_operand, query, grad_out, columns, problem.scale_log2, nothing);
       else
-        dkv_tile<T, HEAD_DIM, true>(dk, dv, key_operand, value_operand, query, grad_out, columns, problem.scale_log2);
+        dkv_tile<T, HEAD_DIM, BM, true>(dk, dv, key_operand, value_operand, query, grad_out, columns, problem.scale_log2, nothing);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(consumed + stage);
       if (++stage == kStages) stage = 0, phase ^= 1;
