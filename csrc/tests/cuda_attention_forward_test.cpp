@@ -259,12 +259,77 @@ void test_large_scores() {
     }
 }
 
+// Where one key takes all of a row its probability is 1 and lse its score, however large the scores are.
+void test_one_key_takes_all() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+    for (const double size : {1e4, 1e9, 1e30})
+      for (const int64_t len_q : {5, 70}) {
+        if (dtype == DType::kFloat16 && size > 1e4) continue;
+        Random random(10);
+        PlainProblem problem(dtype, 1, 1, len_q, 150, 24, 24, random);
+        AttentionForwardParams& p = problem.p;
+        for (int64_t j = 0; j < 150; ++j)
+          for (int64_t d = 0; d < 24; ++d) {
+            if (j < len_q) put(p.query, 0, 0, j, d, get(p.query, 0, 0, j, d) * std::sqrt(size));
+            put(p.key, 0, 0, j, d, get(p.key, 0, 0, j, d) * std::sqrt(size));
+          }
+        const Result r = run(p, 1, false, 0);
+        for (int64_t i = 0; i < len_q; ++i) {
+          double top = -kInf, second = -kInf;
+          int64_t chosen = 0;
+          for (int64_t j = 0; j < 150; ++j) {
+            const double x = dot(p.query, 0, i, p.key, 0, j, 0, 24) * p.scale;
+            if (x > top) second = top, top = x, chosen = j;
+            else if (x > second) second = x;
+          }
+          if (top - second < 100.0) continue;
+          for (int64_t d = 0; d < 24; ++d) CHECK(get(r.out.ref, 0, 0, i, d) == get(p.value, 0, 0, chosen, d));
+          CHECK(std::fabs(r.lse[i] - top) <= 1e-6 * std::fabs(top));
+        }
+      }
+}
+
+// A row whose bias is the lowest number everywhere is not empty: its weights are equal.
+void test_lowest_bias() {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16})
+    for (const int64_t len_q : {2, 70}) {
+      Random random(13);
+      PlainProblem problem(dtype, 1, 1, len_q, 130, 16, 16, random);
+      AttentionForwardParams& p = problem.p;
+      Tensor bias = make_tensor(DType::kFloat32, 1, 1, 1, 130, false, 0);
+      for (int64_t j = 0; j < 130; ++j) put(bias.ref, 0, 0, 0, j, -std::numeric_limits<float>::max());
+      p.bias = bias.ref;
+      p.bias.stride[2] = 0;
+      const Result r = run(p, 1, false, 0);
+      for (int64_t d = 0; d < 16; ++d) {
+        double mean = 0.0;
+        for (int64_t j = 0; j < 130; ++j) mean += get(p.value, 0, 0, j, d) / 130.0;
+        for (int64_t i = 0; i < len_q; ++i) CHECK(std::fabs(get(r.out.ref, 0, 0, i, d) - mean) < 4e-3);
+      }
+    }
+}
+
+// float16 would lose the digits of small probabilities that dropout scales up.
+void test_strong_dropout() {
+  Random random(14);
+  for (const int64_t len_q : {9, 70})
+    for (const double drop : {0.9, 0.9999}) {
+      PlainProblem problem(DType::kFloat16, 2, 1, len_q, 400, 64, 64, random);
+      problem.p.scale = 1.0;
+      problem.p.dropout = {drop, random.bits()};
+      compare(problem.p, run(problem.p, 1, true, 0));
+    }
+}
+
 }  // namespace
 
 int main() {
   test_empty_problems();
   test_attended_nan();
   test_large_scores();
+  test_one_key_takes_all();
+  test_lowest_bias();
+  test_strong_dropout();
   test_head_dims();
   test_random_problems();
   return result("portable CUDA attention forward");
