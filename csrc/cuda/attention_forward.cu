@@ -90,6 +90,13 @@ FASTATTN_DEVICE uint64_t warp_or(uint64_t word) {
   return uint64_t{__reduce_or_sync(~0u, static_cast<uint32_t>(word >> 32))} << 32 | low;
 }
 
+// Bit n: any of the bits 16 n .. 16 n + 15.
+FASTATTN_DEVICE uint32_t live_groups(uint64_t word) {
+  const uint32_t low = static_cast<uint32_t>(word), high = static_cast<uint32_t>(word >> 32);
+  return uint32_t{(low & 0xffffu) != 0} | uint32_t{low >> 16 != 0} << 1 | uint32_t{(high & 0xffffu) != 0} << 2 |
+         uint32_t{high >> 16 != 0} << 3;
+}
+
 FASTATTN_DEVICE uint64_t shuffle_word(uint64_t word, int lane) {
   const uint32_t low = __shfl_sync(~0u, static_cast<uint32_t>(word), lane);
   return uint64_t{__shfl_sync(~0u, static_cast<uint32_t>(word >> 32), lane)} << 32 | low;
@@ -389,14 +396,15 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
     const bool partial = !full;
     bool active = warp.row0 < p.len_q, holes = false;  // holes: keys that no row of the warp may attend to
     uint64_t word = 0;                                 // of this lane's row
+    uint32_t groups = ~0u;                             // of 16 keys that some row of the warp may attend to
     if (partial) {
       word = row_word(p.mask, plan.summary, ptx::opaque(at.b), ptx::opaque(at.h), warp.row0 + warp.lane % S::kWarpRows, j0,
                       p.len_k) >> warp.key;
       if constexpr (S::kSplit) word &= (uint64_t{1} << (S::kWarpKeys % 64)) - 1;
       const uint64_t any = warp_or(word);
       active = any != 0;
-      // Keys that do not exist are zeros already.
-      holes = any != (S::kSplit ? ~uint64_t{0} >> (64 - S::kWarpKeys) : bits_before(p.len_k, j0));
+      holes = any != ~uint64_t{0} >> (64 - S::kWarpKeys);
+      groups = live_groups(any);
     }
 
     ptx::cp_async_wait<0>();
@@ -408,7 +416,8 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
       float s[M][N][4];
 #pragma unroll
       for (int m = 0; m < M; ++m) clear(s[m]);
-      multiply_transposed<T, D>(s, q_tile, warp.row, k_tile, warp.key, warp.lane);
+      if (partial) multiply_transposed<T, D, true>(s, q_tile, warp.row, k_tile, warp.key, warp.lane, groups);
+      else multiply_transposed<T, D>(s, q_tile, warp.row, k_tile, warp.key, warp.lane);
       if constexpr (S::kGeneral) scale_and_bias(s, p, plan, at.b, at.h, warp.row0, j0 + warp.key, warp.lane);
       if (partial) select_scores(s, word, warp.lane);
       softmax(s, acc, plan.exponent);

@@ -201,17 +201,19 @@ FASTATTN_DEVICE void clear(float (&c)[N][4]) {
 }
 
 // c [M x 16, N x 8] += x[row_x .. ][K] y[row_y .. ][K]^T, K columns of both tiles: scores, dP. A fragment of y serves M
-// fragments of x.
-template <typename T, int COLUMNS, int K = COLUMNS, int M, int N>
-FASTATTN_DEVICE void multiply_transposed(float (&c)[M][N][4], const T* x, int row_x, const T* y, int row_y, int lane) {
-  static_assert(K % 16 == 0 && K <= COLUMNS && N % 2 == 0, "whole fragments");
+// fragments of x. SKIP: the 16 rows of y whose bit in `groups` is 0 are left out, and their columns of c as they are.
+template <typename T, int COLUMNS, bool SKIP = false, int M, int N>
+FASTATTN_DEVICE void multiply_transposed(float (&c)[M][N][4], const T* x, int row_x, const T* y, int row_y, int lane,
+                                         uint32_t groups = ~0u) {
+  static_assert(COLUMNS % 16 == 0 && N % 2 == 0, "whole fragments");
 #pragma unroll
-  for (int k = 0; k < K / 16; ++k) {
+  for (int k = 0; k < COLUMNS / 16; ++k) {
     uint32_t a[M][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) load_a<T, COLUMNS>(a[m], x, row_x + m * 16, k * 2, lane);
 #pragma unroll
     for (int n = 0; n < N; n += 2) {
+      if (SKIP && !(groups >> (n / 2) & 1)) continue;
       uint32_t b[4];
       load_b_transposed<T, COLUMNS>(b, y, row_y + n * 8, k * 2, lane);
 #pragma unroll
@@ -281,14 +283,16 @@ FASTATTN_DEVICE void multiply_registers(float (&c)[M][COLUMNS / 8][4], const flo
   }
 }
 
-// The same with P rounded before: half the registers while it waits.
+// The same with P rounded before: half the registers while it waits. ZERO leaves out 16 rows of y that are all zeros.
 template <typename T, int COLUMNS, bool ZERO = false, int M, int K>
 FASTATTN_DEVICE void multiply_packed(float (&c)[M][COLUMNS / 8][4], const uint32_t (&p)[K][M][4], const T* y, int row_y, int lane,
                                      uint64_t rows = 0) {
   static_assert(!ZERO || K <= 4, "64 rows");
 #pragma unroll
-  for (int k = 0; k < K; ++k)
-    multiply_step<T, COLUMNS, ZERO>(c, p[k], y, row_y + k * 16, lane, static_cast<uint32_t>(rows >> (k * 16)));
+  for (int k = 0; k < K; ++k) {
+    const uint32_t live = static_cast<uint32_t>(rows >> (k * 16)) & 0xffffu;
+    if (!ZERO || live) multiply_step<T, COLUMNS, ZERO>(c, p[k], y, row_y + k * 16, lane, live);
+  }
 }
 
 // Fragments to rows row0 .. of a tile, rounded to T, row g times factor[0] and row g + 8 times factor[1]; each warp writes rows
