@@ -181,13 +181,14 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
           shared.item_live = after >= 0;
           shared.place = item;
           if (after >= 0)
-            load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h, item.b);
+            load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h,
+                                          item.b);
           else
             ptx::mbarrier_arrive(&shared.query_full);
         }
       }
       // K of a tile, then V of the tile before: the order in which the consumers want them.
-      uint32_t value_number = ring.number - 1;
+      const Ring<S::kStages> at{ring.number - 1};  // of `before`
       if (tile >= 0) {
         ptx::mbarrier_wait(&shared.key_empty[ring.stage()], ring.parity() ^ 1);
         if (leader) {
@@ -198,7 +199,6 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
         ++ring.number;
       }
       if (before >= 0) {
-        const Ring<S::kStages> at{value_number};
         ptx::mbarrier_wait(&shared.value_empty[at.stage()], at.parity() ^ 1);
         if (leader)
           load<T, kHeadDim, S::kBlockN>(shared.value[at.stage()], &shared.value_full[at.stage()], value_map,
@@ -303,7 +303,8 @@ FASTATTN_DEVICE void queue_scores(float (&s)[Shape<kHeadDim>::kBlockN / 2], uint
 
 // O += P V of one warpgroup, queued. P must stay as it is until the product is waited for.
 template <typename T, int kHeadDim>
-FASTATTN_DEVICE void queue_output(float (&o)[kHeadDim / 2], const uint32_t (&p)[Shape<kHeadDim>::kBlockN / 16][4], uint64_t value) {
+FASTATTN_DEVICE void queue_output(float (&o)[kHeadDim / 2], const uint32_t (&p)[Shape<kHeadDim>::kBlockN / 16][4],
+                                  uint64_t value) {
   ptx::wgmma_fence();
 #pragma unroll
   for (int j = 0; j < Shape<kHeadDim>::kBlockN / 16; ++j)
@@ -369,14 +370,19 @@ FASTATTN_DEVICE void pack_probabilities(uint32_t (&p)[kScores / 8][4], const flo
 
 // One row of O, spread over the 4 lanes of a quad. They exchange 4 x 4 words so that each holds 8 columns side by side.
 template <typename T, int kHeadDim>
-FASTATTN_DEVICE void store_row(T* to, bool exists, const float (&o)[kHeadDim / 2], int r, float factor, int dim_v, bool vector_store) {
+FASTATTN_DEVICE void store_row(T* to, bool exists, const float (&o)[kHeadDim / 2], int r, float factor, int dim_v,
+                               bool vector_store) {
   const int lane = threadIdx.x % 4;
   const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
   for (int d = 0; d < kHeadDim; d += 32) {
     uint32_t w[4];
 #pragma unroll
-    for (int n = 0; n < 4; ++n) w[n] = pack2<T>(o[d / 2 + 4 * n + 2 * r] * factor, o[d / 2 + 4 * n + 2 * r + 1] * factor);
+    for (int n = 0; n < 4; ++n) {
+      const float* const pair = o + d / 2 + 4 * n + 2 * r;
+      // An empty row is 0 by selection: another row of its tile may have brought an infinity into the products.
+      w[n] = factor == 0.f ? 0 : pack2<T>(pair[0] * factor, pair[1] * factor);
+    }
     // A 4 x 4 transposition: across neighbours, then across pairs.
     const uint32_t a = __shfl_xor_sync(~0u, odd ? w[0] : w[1], 1), b = __shfl_xor_sync(~0u, odd ? w[2] : w[3], 1);
     if (odd) w[0] = a, w[2] = b;
@@ -483,8 +489,9 @@ FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& 
         tile = shared.tile[ring.stage()];
         ptx::wgmma_wait<1>();
         scores_done(tile);
-        // Most tiles raise no maximum of the 16 rows, and a product with 1 changes nothing. The wait is written in both branches:
-        // ptxas moves it up as far as the block of code reaches, and before the branch stands the softmax that is to overlap.
+        // Most tiles raise no maximum of the 16 rows, and a product with 1 changes nothing. The wait is in both branches
+        // because ptxas moves it up to the last branch, and the softmax, which is to overlap with the product, would come
+        // behind it.
         if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
           ptx::wgmma_wait<0>();
 #pragma unroll
@@ -523,8 +530,10 @@ FASTATTN_DEVICE void run_consumer(Shared<T, kHeadDim>& shared, const Arguments& 
 
 template <typename T, int kHeadDim>
 FASTATTN_KERNEL(Shape<kHeadDim>::kThreads, 1)
-attention_forward_hopper_kernel(const FASTATTN_GRID_CONSTANT TensorMap query_map, const FASTATTN_GRID_CONSTANT TensorMap key_map,
-                                const FASTATTN_GRID_CONSTANT TensorMap value_map, const FASTATTN_GRID_CONSTANT Arguments a) {
+attention_forward_hopper_kernel(const FASTATTN_GRID_CONSTANT TensorMap query_map,
+                                const FASTATTN_GRID_CONSTANT TensorMap key_map,
+                                const FASTATTN_GRID_CONSTANT TensorMap value_map,
+                                const FASTATTN_GRID_CONSTANT Arguments a) {
 #if FASTATTN_HOPPER
   using S = Shape<kHeadDim>;
   FASTATTN_SHARED(memory);

@@ -86,8 +86,8 @@ struct Problem {
 
   Problem(const Problem&) = delete;
 
-  Problem(DType dtype, int64_t batch, int64_t heads_kv, int64_t group, int64_t len_q, int64_t len_k, int64_t dim_qk, int64_t dim_v,
-          Random& random)
+  Problem(DType dtype, int64_t batch, int64_t heads_kv, int64_t group, int64_t len_q, int64_t len_k, int64_t dim_qk,
+          int64_t dim_v, Random& random)
       : rows_first(random.chance(0.5)) {
     p.batch = batch;
     p.heads_kv = heads_kv;
@@ -282,6 +282,14 @@ void test_empty_rows() {
   some.p.mask.band_high = -50;
   some.poison(random);
   some.check();
+  // An infinity that the other rows attend to does not reach the empty one.
+  Problem infinite(DType::kFloat16, 1, 1, 1, 10, 10, 64, 64, random);
+  infinite.p.mask.band_high = -1;
+  put(infinite.value.ref, 0, 0, 0, 7, kInf);
+  const Result r = run(infinite.p, 0, infinite.rows_first, 0);
+  CHECK(r.lse[0] == -kInf);
+  for (int64_t d = 0; d < 64; ++d) CHECK(get(r.out.ref, 0, 0, 0, d) == 0.0);
+  CHECK(get(r.out.ref, 0, 0, 5, 7) == kInf);
 }
 
 // Keys so many that the heads are taken in sections, of 2 heads and of 1.
