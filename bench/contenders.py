@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ from fastattn import dispatch
 from fastattn.testing.adapters import foreign_target
 
 OURS = "fastattn"
+OUR_BACKENDS = ("cuda", "cuda-portable", "triton")  # contenders of their own for GPU tensors
 
 
 @dataclass
@@ -38,16 +42,21 @@ class Bound:
 
     ``forward`` gives the output first. ``leaves`` get a gradient, by the name the check knows them under (empty:
     forward only). ``grad_out`` is the upstream gradient (None: the output is a scalar loss). ``prepare`` builds anew
-    what ``forward`` takes in place of the mask, when that is any work.
+    what ``forward`` takes in place of the mask, when that is any work. ``environment`` holds while a step runs.
     """
 
     forward: Callable[[], Any]
     leaves: dict[str, Tensor] = field(default_factory=dict)
     grad_out: Tensor | None = None
     prepare: Callable[[], object] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     def step(self) -> object:
         """What is timed: the forward, and the backward when there are leaves."""
+        with _environment(self.environment):
+            return self._step()
+
+    def _step(self) -> object:
         if not self.leaves:
             with torch.no_grad():
                 return self.forward()
@@ -57,6 +66,10 @@ class Bound:
 
     def results(self) -> dict[str, Tensor]:
         """Everything that a step computes, by name, for the check."""
+        with _environment(self.environment):
+            return self._results()
+
+    def _results(self) -> dict[str, Tensor]:
         with torch.set_grad_enabled(bool(self.leaves)):
             result = self.forward()
         out, *rest = result if isinstance(result, tuple) else (result,)
@@ -67,6 +80,20 @@ class Bound:
             grads = torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
             named.update(zip(self.leaves, grads, strict=True))
         return named
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,7 @@ def _attention(
     make: Callable[[AttentionCase, AttentionInputs], tuple[Callable[[], Tensor], Callable[[], object] | None]],
     why_not: Callable[[AttentionCase], str | None] = lambda case: None,
     slow_to_start: bool = False,
+    environment: dict[str, str] | None = None,
 ) -> Contender:
     def bind(case: Case) -> Bound:
         assert isinstance(case, AttentionCase)
@@ -94,7 +122,7 @@ def _attention(
             leaves = {"dq": inputs.query, "dk": inputs.key, "dv": inputs.value}
             if inputs.bias is not None:
                 leaves["dbias"] = inputs.bias
-        return Bound(forward, leaves, inputs.grad_out, prepare)
+        return Bound(forward, leaves, inputs.grad_out, prepare, environment or {})
 
     def reason(case: Case) -> str | None:
         assert isinstance(case, AttentionCase)
@@ -106,15 +134,15 @@ def _attention(
 Made = tuple[Callable[[], Tensor], Callable[[], object] | None]
 
 
-def _ours(case: AttentionCase, x: AttentionInputs) -> Made:
+def _ours(case: AttentionCase, x: AttentionInputs, backend: str | None = None) -> Made:
     mask = None if x.make_mask is None else x.make_mask()
+    backend = backend or fastattn.explain(x.query, x.key, x.value, bias=x.bias).chosen
 
     def forward() -> Tensor:
-        out = fastattn.attention(x.query, x.key, x.value, mask=mask, bias=x.bias, dropout_p=x.dropout_p)
+        options = {"mask": mask, "bias": x.bias, "dropout_p": x.dropout_p}
+        out = fastattn.attention(x.query, x.key, x.value, **options, backend=backend)
         assert isinstance(out, Tensor)
         return out
-
-    backend = fastattn.explain(x.query, x.key, x.value, bias=x.bias).chosen
 
     def pack(dense: list[Tensor], *sizes: int) -> Any:
         return torch.ops.fastattn.mask_tiles(dense, *sizes, backend)
@@ -128,6 +156,16 @@ def _ours(case: AttentionCase, x: AttentionInputs) -> Made:
         mask.kernel_form(*sizes, x.query.device, *dispatch.BACKENDS[backend or "reference"].tile, build=pack)
 
     return forward, None if x.make_mask is None else prepare
+
+
+def _ours_on(name: str, backend: str, **environment: str) -> Contender:
+    """One of our backends for GPUs, beside the one that runs by default."""
+
+    def why_not(case: AttentionCase) -> str | None:
+        problem = dispatch.Problem("attention", torch.device(case.device).type, torch_dtype(case.dtype), case.dim)
+        return "; ".join(dispatch.BACKENDS[backend].why_not(problem)) or None
+
+    return _attention(name, partial(_ours, backend=backend), why_not, environment=environment)
 
 
 def _masked_by_keep(
@@ -270,10 +308,16 @@ def _flex(case: AttentionCase, x: AttentionInputs) -> Made:
     return forward, None if keep is None else prepare
 
 
-def attention_contenders() -> list[Contender]:
-    """Ours first, then the peers."""
+def attention_contenders(device: str) -> list[Contender]:
+    """Ours first, then for GPUs each of our backends, then the peers."""
+    backends = [
+        _ours_on("cuda", "cuda"),
+        _ours_on("cuda-portable", "cuda", FASTATTN_CUDA_PATH="portable"),
+        _ours_on("triton", "triton"),
+    ]
     return [
         _attention(OURS, _ours),
+        *(backends if device != "cpu" else []),
         _attention("sdpa", _sdpa),
         _attention("sdpa-math", _sdpa_on(SDPBackend.MATH)),
         _attention("sdpa-flash", _sdpa_on(SDPBackend.FLASH_ATTENTION), _gpu_sdpa_why_not("FLASH", False)),

@@ -21,6 +21,9 @@ from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = {
     OURS: "#c2410c",
+    "cuda": "#ea580c",
+    "cuda-portable": "#d97706",
+    "triton": "#be185d",
     "sdpa": "#1d4ed8",
     "nn.MultiheadAttention": "#1d4ed8",
     "stock": "#1d4ed8",

@@ -11,6 +11,7 @@ import torch
 from fastattn.bench import memory
 from fastattn.bench.checks import Check, Verdict, check_dropout
 from fastattn.bench.contenders import (
+    OUR_BACKENDS,
     OURS,
     Bound,
     Contender,
@@ -65,7 +66,7 @@ class _Entry:
 
 def contenders_for(case: Case, user: Sequence[Contender] = ()) -> list[Contender]:
     if isinstance(case, AttentionCase):
-        return [*attention_contenders(), *user]
+        return [*attention_contenders(case.device), *user]
     return mha_contenders() if isinstance(case, MhaCase) else loss_contenders()
 
 
@@ -122,7 +123,7 @@ def _checked(case: Case, contenders: Sequence[Contender], judge: str) -> list[_E
     """Binds and checks every contender. The judge goes first: its error is part of the others' bound."""
     check = Check(_without_dropout(case))
     entries = [_Entry(contender) for contender in contenders]
-    peers = {c.name for c in contenders_for(case)} - {OURS}
+    peers = {c.name for c in contenders_for(case)} - {OURS, *OUR_BACKENDS}
     for entry in sorted(entries, key=lambda e: e.contender.name != judge):
         contender = entry.contender
         reason = contender.why_not(case)

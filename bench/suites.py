@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from fastattn.bench.contenders import OURS
+from fastattn.bench.contenders import OUR_BACKENDS, OURS
 from fastattn.bench.runner import Plan
 from fastattn.bench.workloads import MASK_KINDS, AttentionCase, Condition, LossCase, MhaCase
 
@@ -22,7 +22,7 @@ MHA_MASKS = ("dense", "padded", "causal")
 CONDITIONS = {"dense": Condition("sdpa", 1.0), "padded": Condition("sdpa", 2.0)}
 
 _PLAIN = frozenset({"sdpa", "eager"})
-_EVERYONE = _PLAIN | {"sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "compile", "flex"}
+_EVERYONE = _PLAIN | {*OUR_BACKENDS, "sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "compile", "flex"}
 _MEASURED = frozenset({OURS, "sdpa", "eager"})
 
 

@@ -649,13 +649,16 @@ def _on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
 # The libraries ------------------------------------------------------------------------------------------------------
 
 
-def _import_cuda() -> ModuleType:
-    path = os.environ.get("FASTATTN_CUDA_LIBRARY")
-    if not path:
-        return importlib.import_module("fastattn._cuda")
+def cuda_library(path: str | None = None) -> CudaLibrary:
+    """The CUDA kernels of this installation, or those of another file; ImportError when they cannot be loaded."""
+    module = _load_module(path) if path else importlib.import_module("fastattn._cuda")
+    return EmulatedCudaLibrary(module) if module.EMULATED else CudaLibrary(module)
+
+
+def _load_module(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("fastattn._cuda", path)
     if spec is None or spec.loader is None or not os.path.isfile(path):
-        raise ImportError(f"FASTATTN_CUDA_LIBRARY must be the path of a compiled module, got {path!r}")
+        raise ImportError(f"there is no compiled module {path!r}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -667,8 +670,7 @@ def library(backend: str) -> Library:
     try:
         if backend == "cpu":
             return CpuLibrary(importlib.import_module("fastattn._native"))
-        module = _import_cuda()
-        return EmulatedCudaLibrary(module) if module.EMULATED else CudaLibrary(module)
+        return cuda_library(os.environ.get("FASTATTN_CUDA_LIBRARY"))
     except ImportError as error:
         what = "compiled library" if backend == "cpu" else "CUDA library"
         raise ImportError(f"fastattn was installed without its {what} ({error})") from error

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch
 import fastattn
 from fastattn import Mask, dispatch
 from fastattn.attention import _attention_with_seed
-from fastattn.backends import reference
+from fastattn.backends import native, reference
 
+EMULATED = Path(__file__).parents[2] / "build" / "emulator" / "_cuda.so"
 cuda = dispatch.load("cuda")
 needs_cpu = pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason=f"{dispatch.NATIVE_FAILURE}")
 needs_emulator = pytest.mark.skipif(not dispatch.CUDA_EMULATED, reason="the library is for GPUs, not the emulator's")
@@ -207,3 +209,40 @@ def test_the_device_of_the_tensors_is_used():
     out = fastattn.attention(*tensors, backend="cuda")
     expected = fastattn.attention(*(x.to("cuda:0") for x in tensors), backend="cuda")
     assert out.device == tensors[0].device and torch.equal(out.cpu(), expected.cpu())
+
+
+@needs_gpu
+@pytest.mark.skipif(not EMULATED.is_file(), reason=f"no {EMULATED}: `make emulator` builds it")
+@pytest.mark.parametrize("path", ["portable", "hopper"])
+@pytest.mark.parametrize("dim", [40, 64, 128, 256])
+def test_the_emulator_computes_what_the_gpu_does(monkeypatch, dim, path):
+    """The same sources under two compilers: they differ by ex2.approx and the order of tensor-core sums alone."""
+    if path == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper path needs capability 9.0")
+    monkeypatch.setenv("FASTATTN_CUDA_PATH", path)
+    emulator = native.cuda_library(str(EMULATED))
+    torch.manual_seed(dim)
+    keep = torch.rand(100, 257) < 0.6
+    keep[:, 64:128] = False
+    for dtype in (
+        (torch.bfloat16, torch.float16) if path == "hopper" else (torch.bfloat16, torch.float16, torch.float32)
+    ):
+        inputs = [torch.randn(1, 3, n, dim).to(dtype) for n in (100, 257, 257)]
+        upstream = torch.randn(1, 3, 100, dim).to(dtype)
+        results = []
+        for library, device in ((cuda, "cuda"), (emulator, "cpu")):
+            query, key, value, grad = (x.to(device) for x in (*inputs, upstream))
+            mask = Mask.dense(keep.to(device)) & Mask.causal("bottom_right")
+            form = mask.kernel_form(1, 3, 100, 257, query.device, 64, 64, build=library.mask_tiles)
+            out, lse = library.attention_forward(query, key, value, None, form, 0.3, 0.0, None)
+            grads = [torch.empty_like(x) for x in (query, key, value)]
+            library.attention_backward(
+                grad, None, query, key, value, out, lse, None, form, 0.3, 0.0, None, *grads, False
+            )
+            results.append([x.float().cpu() for x in (out, lse, *grads)])
+        unit = torch.finfo(dtype).eps
+        for name, gpu, emulated in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
+            difference = (gpu - emulated)[torch.isfinite(emulated)].abs().max().item()
+            print(f"{path} {dtype} {dim} {name}: {difference:.2e}")
+            tolerance = 2e-5 if name == "lse" else max(2 * unit, 2e-5) * emulated[torch.isfinite(emulated)].abs().max()
+            assert difference <= tolerance, name
