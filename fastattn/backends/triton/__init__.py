@@ -2,6 +2,10 @@
 
 Runs on CUDA devices of capability 8.0 or later, and on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1).
 Nothing synchronises with the host; every reduction has a fixed order.
+
+To torch.compile each operation is one opaque operator of `fastattn.ops`. `torch.library.wrap_triton` would show it the
+launches, but in torch 2.13 it takes a tuple among a kernel's arguments for a constant: the mask's tensors, which travel
+in one, would be those of the first call for ever.
 """
 
 from fastattn.backends.triton.attention_backward import attention_backward
