@@ -11,7 +11,8 @@
 //     head dim    rows a warp   warps   BM    Q + K + V        what bounds the choice
 //     32 .. 128   32            4       128   16 .. 64 KiB     registers: O 4 D / 4 and S 64 of 255 a thread at D = 128
 //     192, 256    16            4       64    72, 96 KiB       registers: O D / 2 of 255
-//     any, L <= 16 16 for all   4       16    8 .. 72 KiB      each warp takes 16 keys of a tile; merged at the end
+//     any, L <= 16 16 for all   4       16    9 .. 72 KiB      each warp takes 16 keys of a tile; merged at the end
+// Few rows and few heads (decoding) share out the keys of a row over blocks as well, and a second kernel adds up the parts.
 // A warp with 32 rows uses each fragment of K and V twice, which halves what the tensor cores want from shared memory: at
 // D = 128 a tile of a block costs 2048 cycles of mma on an A100 and 1280 of ldmatrix. Two blocks share an SM (registers), and
 // one computes while the other is at its softmax. Global memory: Q, O and lse once, K and V ceil(L / BM) times, from L2.
@@ -52,6 +53,15 @@ constexpr float kOrdinary = 1024.0f;  // log2
 constexpr float kMinusInf = -INFINITY;
 constexpr float kLog2 = static_cast<float>(kLog2E);
 
+// Where blocks that share rows leave what they have found; rows count through [B, Hq, L].
+struct Parts {
+  int count;             // blocks that share the keys of a row, 1: none of what follows is there
+  int tiles;             // key tiles of each
+  int64_t rows;
+  float *shifts, *sums;  // [count][rows]
+  float* outs;           // [count][rows][Dv], to be divided by the sum
+};
+
 // How scores become probabilities.
 struct Exponent {
   float to_log2;    // c of the head of this file, positive: turns scores into units of log 2
@@ -63,6 +73,7 @@ struct Exponent {
 // What the host works out once.
 struct Plan {
   MaskSummary summary;
+  Parts parts;
   Exponent exponent;
   float scale;       // of the scores before the bias; not used by the plain kernels
   float lse_scale;   // of the scores in lse
@@ -291,6 +302,22 @@ struct Shape {
   static constexpr int kSharedBytes = kMergeBytes > kTileBytes ? kMergeBytes : kTileBytes;
 };
 
+// What turns sums relative to one shift into sums relative to a larger one. A part that has seen NaN alone has the shift -inf and
+// the sum NaN: the product stays NaN.
+FASTATTN_DEVICE float part_factor(float part_shift, float shift, const Plan& plan) {
+  return ptx::ex2((part_shift - softmax_shift(shift)) * plan.exponent.to_log2);
+}
+
+// Row i of the output and its lse, by a warp, from sums that carry the headroom. total(d): column d, to be divided by the sum.
+template <typename T, typename Total>
+FASTATTN_DEVICE void store_row(const Plane<T>& out, int64_t i, float* lse, float shift, float sum, const Plan& plan, int lane,
+                               const Total& total) {
+  sum *= plan.sum_scale;
+  if (lane == 0) *lse = row_lse(shift * plan.lse_scale, sum);
+  const float normalizer = softmax_normalizer(sum) * plan.kept_scale;
+  for (int d = lane; d < out.columns; d += 32) out.ptr[i * out.row_stride + d] = from_float<T>(total(d) * normalizer);
+}
+
 // Where a warp stands.
 template <typename S>
 struct WarpPosition {
@@ -307,11 +334,11 @@ struct WarpPosition {
   }
 };
 
-// The warps' shares of the same rows, added up in the order of the warps. Every copy has landed and every warp is done with
-// the tiles when this is called by all threads.
+// The warps' shares of the same rows, added up in the order of the warps: to the output, or to this block's part of it. Every copy
+// has landed and every warp is done with the tiles when this is called by all threads.
 template <typename S>
-FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsigned char* shared, const Plane<typename S::T>& out,
-                                     float* lse, int row0, const Plan& plan) {
+FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsigned char* shared, const AttentionForwardParams& p,
+                                     const Plan& plan, const BlockPosition& at) {
   static_assert(S::kM == 1, "one fragment of rows");
   constexpr int kRows = S::kRows;
   float* const shifts = reinterpret_cast<float*>(shared);  // [warps][rows]
@@ -332,26 +359,55 @@ FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsig
           make_float2(acc.out[0][n][2 * half], acc.out[0][n][2 * half + 1]);
   }
   __syncthreads();
-  for (int row = warp; row < kRows && row0 + row < out.rows; row += S::kWarps) {
+  const Plane<typename S::T> out = plane_of<typename S::T>(p.out, at.b, at.h, p.len_q, p.dim_v);
+  for (int row = warp; row < kRows && at.row0 + row < out.rows; row += S::kWarps) {
     float shift = kMinusInf, sum = 0.0f, factor[S::kWarps];
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) shift = fmaxf(shift, shifts[w * kRows + row]);
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) {
-      factor[w] = ptx::ex2((shifts[w * kRows + row] - softmax_shift(shift)) * plan.exponent.to_log2);
-      // A sum of NaN beside a shift of -inf: its factor is 0, and the product still NaN.
+      factor[w] = part_factor(shifts[w * kRows + row], shift, plan);
       sum += sums[w * kRows + row] * factor[w];
     }
-    sum *= plan.sum_scale;
-    if (lane == 0) lse[row0 + row] = row_lse(shift * plan.lse_scale, sum);
-    const float normalizer = softmax_normalizer(sum) * plan.kept_scale;
-    for (int d = lane; d < out.columns; d += 32) {
-      float total = 0.0f;
+    const auto total = [&](int d) {
+      float x = 0.0f;
 #pragma unroll
-      for (int w = 0; w < S::kWarps; ++w) total += outs[(w * kRows + row) * S::kHeadDim + d] * factor[w];
-      out.ptr[(row0 + row) * out.row_stride + d] = from_float<typename S::T>(total * normalizer);
+      for (int w = 0; w < S::kWarps; ++w) x += outs[(w * kRows + row) * S::kHeadDim + d] * factor[w];
+      return x;
+    };
+    const int64_t i = at.row0 + row, row_of_all = (at.b * p.heads_q + at.h) * p.len_q + i;
+    if (plan.parts.count == 1) {
+      store_row(out, i, static_cast<float*>(p.lse.ptr) + row_of_all, shift, sum, plan, lane, total);
+    } else {
+      const int64_t part = blockIdx.y * plan.parts.rows + row_of_all;
+      if (lane == 0) plan.parts.shifts[part] = shift, plan.parts.sums[part] = sum;
+      for (int d = lane; d < out.columns; d += 32) plan.parts.outs[part * out.columns + d] = total(d);
     }
   }
+}
+
+constexpr int kCombineThreads = 128;
+
+// The parts of a row added up in their order, by one warp.
+template <typename T>
+FASTATTN_KERNEL(kCombineThreads)
+attention_forward_combine_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, const FASTATTN_GRID_CONSTANT Plan plan) {
+  const Parts& parts = plan.parts;
+  const int lane = threadIdx.x % 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kCombineThreads / 32) + threadIdx.x / 32;
+  if (row >= parts.rows) return;
+  const int64_t bh = row / p.len_q;
+  const Plane<T> out = plane_of<T>(p.out, bh / p.heads_q, bh % p.heads_q, p.len_q, p.dim_v);
+  float shift = kMinusInf, sum = 0.0f;
+  for (int n = 0; n < parts.count; ++n) shift = fmaxf(shift, parts.shifts[n * parts.rows + row]);
+  for (int n = 0; n < parts.count; ++n)
+    sum += parts.sums[n * parts.rows + row] * part_factor(parts.shifts[n * parts.rows + row], shift, plan);
+  store_row(out, row % p.len_q, static_cast<float*>(p.lse.ptr) + row, shift, sum, plan, lane, [&](int d) {
+    float x = 0.0f;
+    for (int n = 0; n < parts.count; ++n)
+      x += parts.outs[(n * parts.rows + row) * out.columns + d] * part_factor(parts.shifts[n * parts.rows + row], shift, plan);
+    return x;
+  });
 }
 
 template <typename S>
@@ -381,6 +437,7 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   };
 
   KeyTiles<S::kRows, kKeys> tiles(p.mask, plan.summary, at.b, at.h, at.row0, p.len_q, p.len_k);
+  if constexpr (S::kSplit) tiles.clip(blockIdx.y * plan.parts.tiles, (blockIdx.y + 1) * plan.parts.tiles);
   int tile = 0;
   bool full = false, more = tiles.next(tile, full);
   if (more) {
@@ -443,12 +500,12 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   }
 
   const WarpPosition<S> warp(at.row0);
-  const Plane<T> out = plane_of<T>(p.out, at.b, at.h, p.len_q, p.dim_v);
-  float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
   if constexpr (S::kSplit) {
     __syncthreads();
-    merge_and_store<S>(acc, shared, out, lse, at.row0, plan);
+    merge_and_store<S>(acc, shared, p, plan, at);
   } else if (warp.row0 < p.len_q) {
+    const Plane<T> out = plane_of<T>(p.out, at.b, at.h, p.len_q, p.dim_v);
+    float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
     // Through the rows of Q that this warp alone has read, before the last barrier.
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -667,10 +724,38 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
 
 // ---- host ----
 
+constexpr int kFewRows = 16;       // up to so many every warp takes all rows, and its share of the keys
+constexpr int64_t kPartTiles = 4;  // key tiles that are worth a block of their own
+constexpr int64_t kMaxParts = 64;
+
+// With few rows and few heads the keys are shared out over blocks, so that the device is full. Sets the pointers only where there
+// is a workspace; `bytes` of it are taken.
+Parts make_parts(const AttentionForwardParams& p, int64_t& bytes) {
+  Parts parts{};
+  const int64_t heads = p.batch * p.heads_q, tiles = ceil_div(p.len_k, kKeys);
+  parts.rows = heads * p.len_q;
+  int64_t count = 1;
+  if (p.query.dtype != DType::kFloat32 && p.len_q <= kFewRows && parts.rows > 0)
+    count = min64(min64(2 * device_info().multiprocessors / heads, tiles / kPartTiles), kMaxParts);
+  count = max64(count, 1);
+  parts.tiles = static_cast<int>(max64(1, ceil_div(tiles, count)));
+  parts.count = static_cast<int>(max64(1, ceil_div(tiles, parts.tiles)));
+  const int64_t summary = mask_summary_bytes(p);
+  bytes = summary + (parts.count > 1 ? parts.count * parts.rows * (p.dim_v + 2) * static_cast<int64_t>(sizeof(float)) : 0);
+  if (p.workspace && parts.count > 1) {
+    parts.shifts = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + summary);
+    parts.sums = parts.shifts + parts.count * parts.rows;
+    parts.outs = parts.sums + parts.count * parts.rows;
+  }
+  return parts;
+}
+
 // FOLD: the exponential takes the scale in.
 Plan make_plan(const AttentionForwardParams& p, int rows, bool fold) {
   Plan plan;
   plan.summary = prepare_mask(p, p.workspace, p.stream);
+  int64_t bytes = 0;
+  plan.parts = make_parts(p, bytes);
   plan.scale = static_cast<float>(p.scale);
   plan.lse_scale = fold ? plan.scale : 1.0f;
   plan.has_dropout = p.dropout.p > 0.0;
@@ -698,7 +783,7 @@ Plan make_plan(const AttentionForwardParams& p, int rows, bool fold) {
 dim3 blocks_of(const AttentionForwardParams& p, const Plan& plan) {
   const int64_t blocks = p.batch * p.heads_q * plan.row_tiles;
   if (blocks > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("attention_forward: more than 2^31 query tiles");
-  return dim3(static_cast<unsigned>(blocks));
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.parts.count));
 }
 
 template <typename S>
@@ -706,6 +791,9 @@ void run(const AttentionForwardParams& p, bool fold) {
   const Plan plan = make_plan(p, S::kRows, fold);
   launch("attention_forward_kernel", attention_forward_kernel<S>, blocks_of(p, plan), dim3(S::kThreads), S::kSharedBytes,
          p.stream, p, plan);
+  if (plan.parts.count > 1)
+    launch("attention_forward_combine_kernel", attention_forward_combine_kernel<typename S::T>,
+           dim3(static_cast<unsigned>(ceil_div(plan.parts.rows, kCombineThreads / 32))), dim3(kCombineThreads), 0, p.stream, p, plan);
 }
 
 template <typename T, int HEAD_DIM>
@@ -713,7 +801,7 @@ void run_16_bit(const AttentionForwardParams& p) {
   constexpr int M = HEAD_DIM <= 128 ? 2 : 1;
   // The exponential takes the scale in when it keeps the order of the scores, and can be held.
   const bool fold = !p.bias && p.scale * kLog2E >= std::numeric_limits<float>::min();
-  if (p.len_q <= 16) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
+  if (p.len_q <= kFewRows) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
   else if (fold && p.dropout.p == 0.0 && p.len_q > 64) run<Shape<T, HEAD_DIM, M, false, false>>(p, true);
   else run<Shape<T, HEAD_DIM, 1, false, true>>(p, false);
 }
@@ -737,7 +825,11 @@ void run_float(const AttentionForwardParams& p) {
 
 }  // namespace
 
-int64_t attention_forward_portable_workspace(const AttentionForwardParams& p) { return mask_summary_bytes(p); }
+int64_t attention_forward_portable_workspace(const AttentionForwardParams& p) {
+  int64_t bytes = 0;
+  make_parts(p, bytes);
+  return bytes;
+}
 
 void attention_forward_portable(const AttentionForwardParams& p) {
   if (p.batch == 0 || p.heads_q == 0 || p.len_q == 0) return;

@@ -279,6 +279,12 @@ class KeyTiles {
     last_ = keys.first < keys.last ? static_cast<int>(ceil_div(keys.last, BN)) : first_;
   }
 
+  // Only the tiles [begin, end); before the first call of next.
+  FASTATTN_DEVICE_MEMBER void clip(int begin, int end) {
+    first_ = first_ > begin ? first_ : begin;
+    last_ = last_ < end ? last_ : end;
+  }
+
   // By whole warps. False: no tile is left. `full`: the tile needs no mask, and all of its keys exist.
   FASTATTN_DEVICE_MEMBER bool next(int& tile, bool& full) {
     return mask_detail::next_tile(live_, full_, first_, last_, tile, full, [&](int candidate, bool& whole) {

@@ -198,6 +198,22 @@ void test_head_dims() {
     }
 }
 
+// Few rows of few heads: the keys are shared out over blocks; some of them have nothing to do.
+void test_parts() {
+  Random random(15);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16})
+    for (const int form : {0, 1, 2}) {
+      PlainProblem problem(dtype, 2, 1, form == 2 ? 16 : 1, 1100, 40, 36, random);
+      AttentionForwardParams& p = problem.p;
+      if (form == 1) p.mask.band_low = 700, p.mask.band_high = 900;
+      if (form == 2) p.dropout = {0.3, random.bits()};
+      CHECK(cuda::attention_forward_portable_workspace(p) > 0);
+      const Result one = run(p, 2, true, 4), two = run(p, 3, true, 4);
+      compare(p, one);
+      CHECK(one.out.bytes == two.out.bytes);
+    }
+}
+
 void test_empty_problems() {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
     for (const int64_t len_q : {0, 5, 20})
@@ -331,6 +347,7 @@ int main() {
   test_lowest_bias();
   test_strong_dropout();
   test_head_dims();
+  test_parts();
   test_random_problems();
   return result("portable CUDA attention forward");
 }
