@@ -115,22 +115,22 @@ FASTATTN_DEVICE uint64_t fragment_mask(uint64_t (&word)[M][2], const BackwardArg
   return low | uint64_t{__reduce_or_sync(~0u, static_cast<uint32_t>(own >> 32))} << 32;
 }
 
-// ds = gradient of the scores of one row of fragments [16, 64] at (i0, j0), from s = Q K^T and dp = dO V^T. In place, in dp.
-// Selected, never multiplied, by the mask: a pair that is not attended may hold NaN in both.
-template <bool MASKED, bool GENERAL>
-FASTATTN_DEVICE void score_gradients(const float (&s)[8][4], float (&dp)[8][4], const FragmentRows& rows,
-                                     const uint64_t (&word)[2], const ScoreTerms& terms, float scale_log2, int64_t i0, int64_t j0,
-                                     int lane) {
-  const FragmentWord allowed[2] = {{word[0], lane}, {word[1], lane}};
+// ds = gradient of the scores of one row of fragments [16, 8 N] at (i0, j0 + step), from s = Q K^T and dp = dO V^T. In place, in
+// dp. Selected, never multiplied, by the mask, whose words start at j0: a pair that is not attended may hold NaN in both.
+template <bool MASKED, bool GENERAL, int N>
+FASTATTN_DEVICE void score_gradients(const float (&s)[N][4], float (&dp)[N][4], const FragmentRows& rows, const uint64_t (&word)[2],
+                                     int step, const ScoreTerms& terms, float scale_log2, int64_t i0, int64_t j0, int lane) {
+  const FragmentWord allowed[2] = {{word[0] >> step, lane}, {word[1] >> step, lane}};
+  j0 += step;
   uint32_t kept[2] = {~0u, ~0u};
   if constexpr (GENERAL) {
     if (terms.has_dropout) {
-      const FragmentDropout<8> drawn(terms.seed, terms.threshold, terms.b, terms.h, i0, j0, lane);
+      const FragmentDropout<N> drawn(terms.seed, terms.threshold, terms.b, terms.h, i0, j0, lane);
       kept[0] = drawn.row[0], kept[1] = drawn.row[1];
     }
   }
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       const int half = e / 2;

@@ -67,7 +67,7 @@ attention_backward_dbias_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
       clear(ds[0]);
       multiply_transposed<T, HEAD_DIM>(s, from, warp_row, from + 2 * S::kOperand, 0, lane);
       multiply_transposed<T, HEAD_DIM>(ds, from + S::kOperand, warp_row, from + 3 * S::kOperand, 0, lane);
-      score_gradients<true, true>(s[0], ds[0], fragment_rows(a, term.b, term.h, i0, lane), word[0],
+      score_gradients<true, true>(s[0], ds[0], fragment_rows(a, term.b, term.h, i0, lane), word[0], 0,
                                   ScoreTerms(p, static_cast<int>(term.b), static_cast<int>(term.h)), scale_log2, i0, term.j0, lane);
 #pragma unroll
       for (int n = 0; n < 8; ++n)

@@ -1,18 +1,19 @@
 // dK and dV of 16-bit problems: a block owns BN keys and walks their live query tiles, of all the query heads that share them in
 // order, so nobody else adds to its sums.
 //
-// Per warp of 16 M keys and STEP queries of a tile: S^T = K Q^T and dP^T = V dO^T [16 M, STEP], P^T, dS^T = P^T (dP^T - delta),
+// Per warp of 16 keys and STEP queries of a tile: S^T = K Q^T and dP^T = V dO^T [16, STEP], P^T, dS^T = P^T (dP^T - delta),
 // dV += P^T dO, dK += dS^T Q. K, V, Q and dO lie in shared memory, Q and dO (64 queries) in two stages: the next tile arrives by
 // cp.async while this one is multiplied. dK and dV stay in registers and leave through the rows of K and V, which no other warp
-// reads. M as in attention_backward_dq.cu. Above head dim 128 the sums of one warp would fill its registers: dK and dV are
-// then two launches.
-//   HEAD_DIM    BN  M  STEP  stages  shared KiB   fragment registers (dK + dV + S + dP)
-//      32      128  2   32     2        34           32 +  32 + 32 + 32
-//      64      128  2   16     2        66           64 +  64 + 16 + 16
-//      96      128  1   64     2        98           48 +  48 + 32 + 32
-//     128      128  1   64     2       130           64 +  64 + 32 + 32
-//     192       64  1   64     2       146           96            + 32 + 32
-//     256       64  1   64     1       130          128            + 32 + 32
+// reads. Above head dim 128 the sums of one warp would fill its registers: dK and dV are then two launches.
+//   HEAD_DIM    BN  STEP  stages  shared KiB   fragment registers (dK + dV + S + dP)
+//      32      128   64     2        34           16 +  16 + 32 + 32
+//      64      128   64     2        66           32 +  32 + 32 + 32
+//      96      128   64     2        98           48 +  48 + 32 + 32
+//     128      128   64     2       130           64 +  64 + 32 + 32
+//     192       64   64     2       146           96            + 32 + 32
+//     256       64   64     1       130          128            + 32 + 32
+// Two rows of fragments a warp would halve the reads of Q and dO, but from head dim 64 on only steps of 16 queries fit the
+// registers beside their sums, which takes the gain away again.
 #include "attention_backward.h"
 
 namespace fastattn::cuda {
@@ -22,14 +23,11 @@ enum class Part { kBoth, kKey, kValue };
 
 template <int HEAD_DIM, bool GENERAL>
 struct Shape {
-  static constexpr int kFragments = HEAD_DIM <= 64 ? 2 : 1;  // M: rows of fragments of a warp
-  static constexpr int kWarps = HEAD_DIM == 96 || HEAD_DIM == 128 ? 8 : 4;
-  static constexpr int kThreads = kWarps * 32;
-  static constexpr int kKeys = kWarps * 16 * kFragments;  // BN
+  static constexpr int kKeys = HEAD_DIM <= 128 ? 128 : 64;  // BN
+  static constexpr int kThreads = kKeys / 16 * 32;
   static constexpr int kRows = 64;
-  static constexpr int kStep = HEAD_DIM == 64 ? 16 : HEAD_DIM == 32 || GENERAL ? 32 : 64;
+  static constexpr int kStep = HEAD_DIM == 128 && GENERAL ? 32 : 64;
   static constexpr int kStages = HEAD_DIM <= 192 ? 2 : 1;
-  static constexpr int kMinBlocks = HEAD_DIM == 32 ? 3 : HEAD_DIM == 64 ? 2 : 1;
   static constexpr bool kSplit = HEAD_DIM > 128;
   static constexpr int kWords = kKeys / 64;
   // K, V; stages of Q, dO; stages of (shift, delta); mask words
@@ -38,10 +36,10 @@ struct Shape {
 };
 
 template <typename T, int HEAD_DIM, bool GENERAL, Part PART>
-FASTATTN_KERNEL(Shape<HEAD_DIM, GENERAL>::kThreads, Shape<HEAD_DIM, GENERAL>::kMinBlocks)
+FASTATTN_KERNEL(Shape<HEAD_DIM, GENERAL>::kThreads, 1)
 attention_backward_dkv_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) {
   using S = Shape<HEAD_DIM, GENERAL>;
-  constexpr int M = S::kFragments, N = S::kStep / 8, kTile = S::kRows * HEAD_DIM;
+  constexpr int N = S::kStep / 8, kTile = S::kRows * HEAD_DIM;
   constexpr bool kWantsKey = PART != Part::kValue, kWantsValue = PART != Part::kKey;
   static_assert(S::kThreads >= S::kRows, "a thread for every row");
   FASTATTN_SHARED(shared);
@@ -58,16 +56,16 @@ attention_backward_dkv_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) 
   const unsigned tiles = static_cast<unsigned>((p.len_k + S::kKeys - 1) / S::kKeys), heads = static_cast<unsigned>(p.heads_kv);
   const int b = blockIdx.x / tiles / heads, h_kv = blockIdx.x / tiles % heads, j0 = blockIdx.x % tiles * S::kKeys;
   const int group = static_cast<unsigned>(p.heads_q) / heads;
-  const int warp_key = warp * 16 * M;
+  const int warp_key = warp * 16;
   load_tile<T, HEAD_DIM, S::kKeys, S::kThreads>(key, plane_of<T>(p.key, b, h_kv, p.len_k, p.dim_qk), j0, thread);
   if (kWantsKey)
     load_tile<T, HEAD_DIM, S::kKeys, S::kThreads>(value, plane_of<T>(p.value, b, h_kv, p.len_k, p.dim_v), j0, thread);
   ptx::cp_async_commit();
 
   const float scale_log2 = static_cast<float>(p.scale * kLog2E);
-  float grad_key[M][kWantsKey ? HEAD_DIM / 8 : 1][4], grad_value[M][kWantsValue ? HEAD_DIM / 8 : 1][4];
-#pragma unroll
-  for (int m = 0; m < M; ++m) clear(grad_key[m]), clear(grad_value[m]);
+  float grad_key[1][kWantsKey ? HEAD_DIM / 8 : 1][4], grad_value[1][kWantsValue ? HEAD_DIM / 8 : 1][4];
+  clear(grad_key[0]);
+  clear(grad_value[0]);
 
   for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
     const Plane<T> query_plane = plane_of<T>(p.query, b, h, p.len_q, p.dim_qk);
@@ -90,16 +88,16 @@ attention_backward_dkv_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) 
       const uint32_t* const bits = reinterpret_cast<const uint32_t*>(words) + warp_key / 32;
       uint64_t live_rows = 0;  // queries that attend to a key of this warp
       if constexpr (kMasked) {
-        const uint32_t own = M == 2 ? ~0u : 0xffffu << warp_key % 32;
+        const uint32_t own = 0xffffu << warp_key % 32;
         const uint64_t low = __ballot_sync(~0u, (bits[lane * S::kWords * 2] & own) != 0);
         live_rows = low | uint64_t{__ballot_sync(~0u, (bits[(lane + 32) * S::kWords * 2] & own) != 0)} << 32;
         if (!live_rows) return;
       }
 #pragma unroll 1
       for (int step = 0; step < S::kRows; step += S::kStep) {
-        float s[M][N][4], ds[M][N][4];
-#pragma unroll
-        for (int m = 0; m < M; ++m) clear(s[m]), clear(ds[m]);
+        float s[1][N][4], ds[1][N][4];
+        clear(s[0]);
+        clear(ds[0]);
         multiply_transposed<T, HEAD_DIM>(s, key, warp_key, q, step, lane);
         if constexpr (kWantsKey) multiply_transposed<T, HEAD_DIM>(ds, value, warp_key, d_out, step, lane);
 #pragma unroll
@@ -112,33 +110,30 @@ attention_backward_dkv_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) 
 #pragma unroll
             for (int e = 0; e < 2; ++e) allowed[e] = bits[(column + e) * S::kWords * 2] >> (warp_key % 32 + lane / 4);
           }
+          [[maybe_unused]] uint32_t kept = ~0u;
+          if constexpr (GENERAL) {
+            if (terms.has_dropout) kept = transposed_dropout(terms, tile * S::kRows + step + n * 8, j0 + warp_key, lane);
+          }
 #pragma unroll
-          for (int m = 0; m < M; ++m) {
-            [[maybe_unused]] uint32_t kept = ~0u;
+          for (int e = 0; e < 4; ++e) {
+            const int half = e / 2, r = e % 2;
+            float x = s[0][n][e] * scale_log2, gradient = ds[0][n][e];
             if constexpr (GENERAL) {
-              if (terms.has_dropout) kept = transposed_dropout(terms, tile * S::kRows + step + n * 8, j0 + warp_key + m * 16, lane);
+              const int64_t i = static_cast<int64_t>(tile) * S::kRows + column + r, j = j0 + warp_key + half * 8 + lane / 4;
+              if (terms.has_bias) x += terms.bias(i, j) * static_cast<float>(kLog2E);
             }
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const int half = e / 2, r = e % 2;
-              float x = s[m][n][e] * scale_log2, gradient = ds[m][n][e];
-              if constexpr (GENERAL) {
-                if (terms.has_bias)
-                  x += terms.bias(static_cast<int64_t>(tile) * S::kRows + column + r, j0 + warp_key + m * 16 + half * 8 + lane / 4) * static_cast<float>(kLog2E);
-              }
-              float probability = ptx::ex2(x - shift[r]);
-              if constexpr (kMasked) probability = allowed[r] >> (m * 16 + half * 8) & 1 ? probability : 0.0f;
-              float dropped = probability;
-              if constexpr (GENERAL) {
-                const bool keep = kept >> (half * 8 + r) & 1;
-                dropped = keep ? probability : 0.0f;  // times kept_scale in the end
-                gradient = keep ? gradient * terms.kept_scale : 0.0f;
-              }
-              gradient = probability * (gradient - delta[r]);
-              if constexpr (kMasked) gradient = allowed[r] >> (m * 16 + half * 8) & 1 ? gradient : 0.0f;
-              s[m][n][e] = dropped;
-              ds[m][n][e] = gradient;
+            float probability = ptx::ex2(x - shift[r]);
+            if constexpr (kMasked) probability = allowed[r] >> (half * 8) & 1 ? probability : 0.0f;
+            float dropped = probability;
+            if constexpr (GENERAL) {
+              const bool keep = kept >> (half * 8 + r) & 1;
+              dropped = keep ? probability : 0.0f;  // times kept_scale in the end
+              gradient = keep ? gradient * terms.kept_scale : 0.0f;
             }
+            gradient = probability * (gradient - delta[r]);
+            if constexpr (kMasked) gradient = allowed[r] >> (half * 8) & 1 ? gradient : 0.0f;
+            s[0][n][e] = dropped;
+            ds[0][n][e] = gradient;
           }
         }
         if constexpr (kWantsValue) multiply_registers<T, HEAD_DIM, kMasked>(grad_value, s, d_out, step, lane, live_rows >> step);
@@ -193,10 +188,9 @@ attention_backward_dkv_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) 
 
   const auto store = [&](const TensorRef& to, int64_t dim, T* tile, const auto& sums, float factor) {
     const float factors[2] = {factor, factor};
-#pragma unroll
-    for (int m = 0; m < M; ++m) put_fragments<T, HEAD_DIM>(tile, warp_key + m * 16, sums[m], factors, lane);
+    put_fragments<T, HEAD_DIM>(tile, warp_key, sums[0], factors, lane);
     __syncwarp();
-    store_tile<T, HEAD_DIM, 16 * M, 32>(plane_of<T>(to, b, h_kv, p.len_k, dim), tile + warp_key * HEAD_DIM, j0 + warp_key, lane);
+    store_tile<T, HEAD_DIM, 16, 32>(plane_of<T>(to, b, h_kv, p.len_k, dim), tile + warp_key * HEAD_DIM, j0 + warp_key, lane);
   };
   if constexpr (kWantsKey) store(p.grad_key, p.dim_qk, key, grad_key, static_cast<float>(p.scale));
   if constexpr (kWantsValue)

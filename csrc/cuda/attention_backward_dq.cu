@@ -1,18 +1,18 @@
 // dQ of 16-bit problems: a block owns BM query rows and walks their live key tiles.
 //
-// Per tile and warp of 16 M rows: S = Q K^T and dP = dO V^T [16 M, 64], dS = P (dP - delta), dQ += dS K. Q, dO, K and V lie in
-// shared memory, K and V in two stages: the next tile arrives by cp.async while this one is multiplied. dQ stays in registers
-// and leaves through the rows of Q, which no other warp reads.
+// Per tile, and warp of 16 M rows, and STEP keys: S = Q K^T and dP = dO V^T [16 M, STEP], dS = P (dP - delta), dQ += dS K. Q, dO,
+// K and V lie in shared memory, K and V in two stages: the next tile arrives by cp.async while this one is multiplied. dQ stays
+// in registers and leaves through the rows of Q, which no other warp reads.
 //
-// M = 2 halves the reads of K and V from shared memory, which mma.sync of one row of fragments would wait for (256 bytes of B
-// for each m16n8k16); from head dim 96 on its registers would not suffice.
-//   HEAD_DIM    BM  M  stages  shared KiB   fragment registers (dQ + S + dP)
-//      32      128  2     2        32          32 + 64 + 64
-//      64      128  2     2        64          64 + 64 + 64
-//      96      128  1     2        96          48 + 32 + 32
-//     128      128  1     2       128          64 + 32 + 32
-//     192       64  1     2       144          96 + 32 + 32
-//     256       64  1     1       128         128 + 32 + 32
+// M = 2 halves the reads of K and V from shared memory (256 bytes of B for each m16n8k16, as many cycles as the product takes);
+// from head dim 96 on its registers do not suffice.
+//   HEAD_DIM    BM  M  STEP  stages  shared KiB   fragment registers (dQ + S + dP)
+//      32      128  2   32     2        32          32 + 32 + 32
+//      64      128  2   32     2        64          64 + 32 + 32
+//      96      128  1   64     2        96          48 + 32 + 32
+//     128      128  1   64     2       128          64 + 32 + 32
+//     192       64  1   64     2       144          96 + 32 + 32
+//     256       64  1   64     1       128         128 + 32 + 32
 #include "attention_backward.h"
 
 namespace fastattn::cuda {
@@ -21,9 +21,10 @@ namespace {
 template <int HEAD_DIM, bool GENERAL>
 struct Shape {
   static constexpr int kRows = HEAD_DIM <= 128 ? 128 : 64;  // BM
-  static constexpr int kFragments = HEAD_DIM == 32 || (HEAD_DIM == 64 && !GENERAL) ? 2 : 1;  // M: rows of fragments of a warp
+  static constexpr int kFragments = HEAD_DIM <= 64 ? 2 : 1;  // M: rows of fragments of a warp
   static constexpr int kThreads = kRows / (16 * kFragments) * 32;
   static constexpr int kKeys = 64;
+  static constexpr int kStep = kFragments == 2 ? 32 : 64;  // keys multiplied at once
   static constexpr int kStages = HEAD_DIM <= 192 ? 2 : 1;
   static constexpr int kMinBlocks = kFragments;
   static constexpr int kSharedBytes = 2 * HEAD_DIM * (2 * kRows + kStages * 2 * kKeys);
@@ -33,7 +34,7 @@ template <typename T, int HEAD_DIM, bool GENERAL>
 FASTATTN_KERNEL(Shape<HEAD_DIM, GENERAL>::kThreads, Shape<HEAD_DIM, GENERAL>::kMinBlocks)
 attention_backward_dq_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) {
   using S = Shape<HEAD_DIM, GENERAL>;
-  constexpr int M = S::kFragments, kTile = S::kKeys * HEAD_DIM;
+  constexpr int M = S::kFragments, N = S::kStep / 8, kTile = S::kKeys * HEAD_DIM;
   FASTATTN_SHARED(shared);
   T* const query = reinterpret_cast<T*>(shared);
   T* const grad_out = query + S::kRows * HEAD_DIM;
@@ -77,20 +78,23 @@ attention_backward_dq_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) {
     constexpr bool kMasked = decltype(masked)::value;
     const T *const k = key + stage * kTile, *const v = value + stage * kTile;
     const int64_t j0 = static_cast<int64_t>(tile) * S::kKeys;
-    float s[M][8][4], ds[M][8][4];
     uint64_t word[M][2] = {}, any = 0;
     if constexpr (kMasked) {
       any = fragment_mask<M>(word, a, b, h, i0 + warp_row, j0, lane);
       if (!any) return;
     }
+#pragma unroll 1
+    for (int step = 0; step < S::kKeys; step += S::kStep) {
+      float s[M][N][4], ds[M][N][4];
 #pragma unroll
-    for (int m = 0; m < M; ++m) clear(s[m]), clear(ds[m]);
-    multiply_transposed<T, HEAD_DIM>(s, query, warp_row, k, 0, lane);
-    multiply_transposed<T, HEAD_DIM>(ds, grad_out, warp_row, v, 0, lane);
+      for (int m = 0; m < M; ++m) clear(s[m]), clear(ds[m]);
+      multiply_transposed<T, HEAD_DIM>(s, query, warp_row, k, step, lane);
+      multiply_transposed<T, HEAD_DIM>(ds, grad_out, warp_row, v, step, lane);
 #pragma unroll
-    for (int m = 0; m < M; ++m)
-      score_gradients<kMasked, GENERAL>(s[m], ds[m], rows[m], word[m], terms, scale_log2, i0 + warp_row + m * 16, j0, lane);
-    multiply_registers<T, HEAD_DIM, kMasked>(grad_query, ds, k, 0, lane, any);
+      for (int m = 0; m < M; ++m)
+        score_gradients<kMasked, GENERAL>(s[m], ds[m], rows[m], word[m], step, terms, scale_log2, i0 + warp_row + m * 16, j0, lane);
+      multiply_registers<T, HEAD_DIM, kMasked>(grad_query, ds, k, step, lane, any >> step);
+    }
   };
   for (int stage = 0; more;) {
     int next_tile = 0;
