@@ -93,7 +93,7 @@ FASTATTN_DEVICE void multiply_scores(Sums<kGroups>& s, const T* x, const T* y, i
   if constexpr (kTensorCores<T>) {
     multiply_transposed<T, HEAD_DIM>(s, x, thread / 32 * 16, y, 0, thread % 32);
   } else {
-#pragma unroll 2
+#pragma unroll (HEAD_DIM <= 128 ? 2 : 1)
     for (int chunk = 0; chunk < HEAD_DIM / 4; ++chunk) {
       float4 a[4];
       FASTATTN_UNROLL
@@ -115,7 +115,7 @@ template <typename T, int HEAD_DIM, bool TRANSPOSED>
 FASTATTN_DEVICE void multiply_gradients(Sums<HEAD_DIM / 8>& c, const T* ds, const T* y, uint64_t rows, int thread) {
   const int warp = thread / 32, lane = thread % 32;
   if constexpr (kTensorCores<T>) {
-    FASTATTN_UNROLL
+#pragma unroll (HEAD_DIM <= 128 ? kTile / 16 : 1)
     for (int k = 0; k < kTile / 16; ++k) {
       uint32_t a[1][4];
       if constexpr (TRANSPOSED) load_a_transposed<T, kTile>(a[0], ds, k * 16, warp * 2, lane);
@@ -123,7 +123,7 @@ FASTATTN_DEVICE void multiply_gradients(Sums<HEAD_DIM / 8>& c, const T* ds, cons
       multiply_step<T, HEAD_DIM, true>(c, a, y, k * 16, lane, static_cast<uint32_t>(rows >> (k * 16)));
     }
   } else {
-#pragma unroll 2
+#pragma unroll (HEAD_DIM <= 128 ? 2 : 1)
     for (int k = 0; k < kTile; ++k) {
       if (!(rows >> k & 1)) continue;
       float a[4];
@@ -216,7 +216,7 @@ FASTATTN_DEVICE void stage_words(uint64_t* words, const AttentionParams& p, cons
   if (p.dropout.p > 0.0) {
     const uint64_t seed = dropout_seed(p.dropout), threshold = dropout_threshold(p.dropout.p);
     uint32_t kept = 0;
-#pragma unroll 2
+#pragma unroll 1
     for (int n = 0; n < 8; ++n) {
       const PhiloxBlock block = philox4x32(seed, static_cast<uint32_t>(at.j0 / 4 + part * 8 + n), static_cast<uint32_t>(i),
                                            static_cast<uint32_t>(at.h), static_cast<uint32_t>(at.b));
@@ -260,16 +260,16 @@ FASTATTN_DEVICE void probabilities(Sums<kGroups>& s, const AttentionParams& p, c
   const bool selects = has_words(p, at);
   FASTATTN_UNROLL
   for (int e = 0; e < 4; ++e) {
-    const int row = row_of<T>(thread, e), column0 = column_of<T>(thread, 0, e);
+    const int row = row_of<T>(thread, e), column0 = BIAS ? ptx::opaque(column_of<T>(thread, 0, e)) : column_of<T>(thread, 0, e);
     const uint64_t word = (selects ? words[row] : ~uint64_t{0}) >> column0;
     // Of what does not exist, the bias of the last pair that does: its probability is 0 or it is not stored.
-    const int64_t i = min64(at.i0 + row, p.len_q - 1);
+    const int i = min(at.i0 + row, static_cast<int>(p.len_q) - 1);
     const int64_t bias = at.b * p.bias.stride[0] + at.h * p.bias.stride[1] + i * p.bias.stride[2];
     FASTATTN_UNROLL
     for (int n = 0; n < kGroups; ++n) {
-      float x = s[0][n][e] * scale;
+      float x = __fmul_rn(s[0][n][e], scale);  // rounded as the forward rounds it, not fused with the subtraction
       if constexpr (BIAS) {
-        const int64_t j = min64(at.j0 + column0 + n * 8, p.len_k - 1);
+        const int j = min(at.j0 + column0 + n * 8, static_cast<int>(p.len_k) - 1);
         x = fmaf(s[0][n][e], scale, load_scalar(p.bias, bias + j * p.bias.stride[3]));
       }
       x = ptx::ex2((x - shift[e]) * static_cast<float>(kLog2E));
