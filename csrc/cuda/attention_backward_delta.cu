@@ -33,9 +33,10 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_delta_kernel(DeltaParams p) {
 
   float sum = 0.0f;
   if (live) {
-    const T* const out = static_cast<const T*>(p.out.ptr) + b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];
-    const T* const grad_out = static_cast<const T*>(p.grad_out.ptr) + b * p.grad_out.stride[0] + h * p.grad_out.stride[1] +
-                              i * p.grad_out.stride[2];
+    const T* const out =
+        static_cast<const T*>(p.out.ptr) + b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2];
+    const T* const grad_out = static_cast<const T*>(p.grad_out.ptr) + b * p.grad_out.stride[0] +
+                              h * p.grad_out.stride[1] + i * p.grad_out.stride[2];
     for (int d = lane * kVector; d < p.dim; d += p.lanes * kVector) {
       if (p.vector && d + kVector <= p.dim) {
         union {
@@ -54,7 +55,8 @@ FASTATTN_KERNEL(kThreads, 1) attention_backward_delta_kernel(DeltaParams p) {
   for (int step = p.lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (!exists || lane != 0) return;
   if (live && p.grad_lse.ptr)
-    sum -= static_cast<const float*>(p.grad_lse.ptr)[b * p.grad_lse.stride[0] + h * p.grad_lse.stride[1] + i * p.grad_lse.stride[2]];
+    sum -= *(static_cast<const float*>(p.grad_lse.ptr) + b * p.grad_lse.stride[0] + h * p.grad_lse.stride[1] +
+             i * p.grad_lse.stride[2]);
   p.shift[row] = live ? lse * static_cast<float>(kLog2E) : INFINITY;
   p.delta[row] = sum;
 }

@@ -6,18 +6,20 @@
 //          P^T = 2^(S^T scale log2(e) - shift), dS^T = P^T (dP^T - delta)
 //          dV += P^T dO, dK += dS^T Q                  P^T and dS^T stay in registers
 //   dq   a block has 128 queries and streams the live key tiles: S = Q K^T, dP = dO V^T, dQ += dS K
-// S and dP are computed twice: 7 products for 5, and in exchange no dQ in global memory that blocks add to, which would need
-// either an order among the blocks or atomics.
+// S and dP are computed twice: 7 products for 5, and in exchange no dQ in global memory that blocks add to, which would
+// need either an order among the blocks or atomics.
 //
-// A block is three warpgroups. Two compute, 64 stationary rows each; their products and the exponentials between them overlap
-// because the two warpgroups are at different points of it. The third feeds them through a ring of stages:
-//   copy warp    walks the live tiles (mask.h), names the tile in the slot of the stage (`listed`) and starts its copies, which
-//                end the phase of `landed`
-//   mask warps   add what is not copied (`prepared`): shift and delta of the rows (dkv), and in partial tiles the mask bits.
-//                They also zero what no pair of the tile needs in operands whose rows are summed over: such a row may be NaN
+// A block is three warpgroups. Two compute, 64 stationary rows each; their products and the exponentials between them
+// overlap because the two warpgroups are at different points of it. The third feeds them through a ring of stages:
+//   copy warp    walks the live tiles (mask.h), names each in the slot of its stage (`listed`) and starts its copies,
+//                which end the phase of `landed`
+//   mask warps   add what is not copied (`prepared`): shift and delta of the rows (dkv), and the bits of partial tiles.
+//                Where an operand's rows are summed over, they zero those that no pair of the tile needs: they may be
+//                NaN, and 0 * NaN is NaN
 //   consumers    wait for both, compute, and free the stage (`consumed`)
-// Full tiles run a body without mask code. The copy warp lists no tile beyond the last, so a block without live tiles stores
-// zeros. Rows and columns beyond the ends are zero by TMA; a query row beyond the end has shift +inf and so probability 0.
+// Full tiles run a body without mask code. The copy warp lists no tile beyond the last, so a block without live tiles
+// stores zeros. Rows and columns beyond the ends are zero by TMA; a query row beyond the end has shift +inf and so
+// probability 0.
 //
 // Short sequences have a kernel of their own, attention_backward_hopper_short.cu.
 // Head dims up to 64 use the instance of 64, others up to 128 that of 128.
@@ -41,11 +43,17 @@ bool copied(const TensorRef& x, DType dtype, int64_t batch, int64_t heads, int64
   return x.dtype == dtype && tensor_map_able(x, dims);
 }
 
-// Gradients are written two elements at a time.
+// Gradients are written two elements at a time where they cannot be written eight at a time.
 bool written(const TensorRef& x, DType dtype) {
   bool able = x.dtype == dtype && reinterpret_cast<uintptr_t>(x.ptr) % 4 == 0;
   for (int n = 0; n < 3; ++n) able = able && x.stride[n] % 2 == 0;
   return able;
+}
+
+Gradient gradient(const TensorRef& x, int64_t dim) {
+  bool vector = dim % 8 == 0 && reinterpret_cast<uintptr_t>(x.ptr) % 16 == 0;
+  for (int n = 0; n < 3; ++n) vector = vector && x.stride[n] % 8 == 0;
+  return {x, static_cast<int>(dim), vector};
 }
 
 }  // namespace
@@ -81,15 +89,13 @@ void attention_backward_hopper(const AttentionBackwardParams& p) {
   problem.summary = prepare_mask(p, workspace + 2 * row_bytes(p), p.stream);
   problem.shift = shift;
   problem.delta = delta;
-  problem.grad_query = p.grad_query;
-  problem.grad_key = p.grad_key;
-  problem.grad_value = p.grad_value;
+  problem.grad_query = gradient(p.grad_query, p.dim_qk);
+  problem.grad_key = gradient(p.grad_key, p.dim_qk);
+  problem.grad_value = gradient(p.grad_value, p.dim_v);
   problem.heads_q = static_cast<int>(p.heads_q);
   problem.heads_kv = static_cast<int>(p.heads_kv);
   problem.len_q = static_cast<int>(p.len_q);
   problem.len_k = static_cast<int>(p.len_k);
-  problem.dim_qk = static_cast<int>(p.dim_qk);
-  problem.dim_v = static_cast<int>(p.dim_v);
   problem.tiles = 0;
   problem.scale = static_cast<float>(p.scale);
   problem.scale_log2 = static_cast<float>(p.scale * kLog2E);

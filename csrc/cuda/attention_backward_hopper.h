@@ -12,8 +12,8 @@ namespace fastattn::cuda::hopper_backward {
 inline constexpr int kConsumers = 2;
 inline constexpr int kConsumerThreads = kConsumers * 128;
 inline constexpr int kThreads = 128 + kConsumerThreads;
-// Warps of the feeding warpgroup: the copies are issued by warp 0; warps 2 and 3 prepare what a tile needs beside its copies.
-// The registers of the machine, 512 a thread of each warpgroup, are shared out accordingly.
+// Warps of the feeding warpgroup: the copies are issued by warp 0; warps 2 and 3 prepare what a tile needs beside its
+// copies. A thread starts with 168 registers; 56 + 2 * 224 = 3 * 168.
 inline constexpr int kCopyWarp = 0, kMaskWarp = 2, kMaskWarps = 2, kMaskThreads = kMaskWarps * 32;
 inline constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 
@@ -33,14 +33,21 @@ struct alignas(16) Slot {
   int tile, head;  // the streamed tile; head: of the queries
 };
 
+// A gradient to be written.
+struct Gradient {
+  TensorRef to;
+  int dim;
+  bool vector;  // 16 bytes at a time
+};
+
 struct Problem {
   MaskParams mask;
   MaskSummary summary;
   const float *shift, *delta;  // [B, Hq, L], see attention_backward_delta.h
-  TensorRef grad_query, grad_key, grad_value;
-  int heads_q, heads_kv, len_q, len_k, dim_qk, dim_v;
-  int tiles;                   // stationary tiles of one head
-  float scale, scale_log2;     // scale_log2 = scale * log2(e)
+  Gradient grad_query, grad_key, grad_value;
+  int heads_q, heads_kv, len_q, len_k;
+  int tiles;                // stationary tiles of one head
+  float scale, scale_log2;  // scale_log2 = scale * log2(e)
 };
 
 // Query, key, value and grad_out. Boxes have kPanelColumns columns, and the rows that the kernel copies at once.
@@ -60,7 +67,8 @@ void run_short(const AttentionBackwardParams& params, const Problem& problem);
 // The head dim of the instance that serves the problem.
 static inline int padded_head_dim(const AttentionParams& p) { return max64(p.dim_qk, p.dim_v) <= 64 ? 64 : 128; }
 
-static inline TensorMap panel_map(const TensorRef& x, int64_t batch, int64_t heads, int64_t rows, int64_t dim, int box_rows) {
+static inline TensorMap panel_map(const TensorRef& x, int64_t batch, int64_t heads, int64_t rows, int64_t dim,
+                                  int box_rows) {
   const int64_t dims[4] = {batch, heads, rows, dim};
   return make_tensor_map(x, dims, box_rows, kPanelColumns);
 }
@@ -69,13 +77,15 @@ static inline TensorMap panel_map(const TensorRef& x, int64_t batch, int64_t hea
 
 // The panels of ROWS rows from `row` of head (b, h); one thread. The barrier expects ROWS * HEAD_DIM elements.
 template <int HEAD_DIM, int ROWS>
-FASTATTN_DEVICE void load_panels(unsigned char* operand, const TensorMap& map, uint64_t* barrier, int row, int h, int b) {
+FASTATTN_DEVICE void load_panels(unsigned char* operand, const TensorMap& map, uint64_t* barrier, int row, int h,
+                                 int b) {
 #pragma unroll
   for (int panel = 0; panel < HEAD_DIM / kPanelColumns; ++panel)
     ptx::tma_load_4d(operand + panel * ROWS * kRowBytes, &map, barrier, panel * kPanelColumns, row, h, b);
 }
 
-// Byte offset, in descriptor units, of step `k` (16 columns) of an operand of `rows` rows whose columns are summed over.
+// Byte offset, in descriptor units, of step `k` (16 columns) of an operand of `rows` rows whose columns are summed
+// over.
 template <int ROWS>
 FASTATTN_DEVICE constexpr uint64_t column_step(int k) {
   return static_cast<uint64_t>((k / 4 * ROWS * kRowBytes + k % 4 * 32) >> 4);
@@ -100,7 +110,8 @@ FASTATTN_DEVICE void accumulate(float (&c)[HEAD_DIM / 2], const uint32_t (&a)[RO
 }
 
 // Fragments of a 64 x N result: thread t of a warpgroup has, of the rows 16 (t / 32) + t % 32 / 4 + {0, 8}, the columns
-// 8 n + 2 (t % 4) + {0, 1}, as c[4 n + 2 row + column]. Those of an operand A in registers are the same, 16 columns a step.
+// 8 n + 2 (t % 4) + {0, 1}, as c[4 n + 2 row + column]. Those of an operand A in registers are the same, 16 columns a
+// step.
 template <typename T, int N>
 FASTATTN_DEVICE void pack(uint32_t (&a)[N / 16][4], const float (&c)[N / 2]) {
 #pragma unroll
@@ -110,21 +121,52 @@ FASTATTN_DEVICE void pack(uint32_t (&a)[N / 16][4], const float (&c)[N / 2]) {
   }
 }
 
-// factor * c to rows row0 .. of (b, h); rows at or beyond `rows` and columns at or beyond `dim` do not exist.
+// In each four neighbouring lanes, word m of lane t and word t of lane m change places.
+FASTATTN_DEVICE void transpose_quad(uint32_t (&v)[4], int lane) {
+  const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int m = 0; m < 4; m += 2) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? v[m] : v[m + 1], 1);
+    (odd ? v[m] : v[m + 1]) = other;
+  }
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const uint32_t other = __shfl_xor_sync(~0u, upper ? v[m] : v[m + 2], 2);
+    (upper ? v[m] : v[m + 2]) = other;
+  }
+}
+
+// factor * c to rows row0 .. of (b, h); rows at or beyond `rows` do not exist.
 template <typename T, int HEAD_DIM>
-FASTATTN_DEVICE void store_rows(const TensorRef& x, int b, int h, int row0, int rows, int dim, const float (&c)[HEAD_DIM / 2],
-                                float factor, int lane) {
+FASTATTN_DEVICE void store_rows(const Gradient& gradient, int b, int h, int row0, int rows,
+                                const float (&c)[HEAD_DIM / 2], float factor, int lane) {
+  const TensorRef& x = gradient.to;
 #pragma unroll
   for (int half_tile = 0; half_tile < 2; ++half_tile) {
     const int row = row0 + lane / 4 + 8 * half_tile;
-    if (row >= rows) continue;
     T* const out = static_cast<T*>(x.ptr) + b * x.stride[0] + h * x.stride[1] + row * x.stride[2];
 #pragma unroll
-    for (int n = 0; n < HEAD_DIM / 8; ++n) {
-      const int d = 8 * n + 2 * (lane % 4);
-      const float lo = factor * c[4 * n + 2 * half_tile], hi = factor * c[4 * n + 2 * half_tile + 1];
-      if (d + 1 < dim) *reinterpret_cast<uint32_t*>(out + d) = pack2<T>(lo, hi);
-      else if (d < dim) out[d] = from_float<T>(lo);
+    for (int n = 0; n < HEAD_DIM / 8; n += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+        words[m] = pack2<T>(factor * c[4 * (n + m) + 2 * half_tile], factor * c[4 * (n + m) + 2 * half_tile + 1]);
+      if (gradient.vector) {
+        transpose_quad(words, lane);
+        const int d = 8 * (n + lane % 4);
+        if (row < rows && d < gradient.dim)
+          *reinterpret_cast<uint4*>(out + d) = make_uint4(words[0], words[1], words[2], words[3]);
+        continue;
+      }
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const int d = 8 * (n + m) + 2 * (lane % 4);
+        if (row >= rows || d >= gradient.dim) continue;
+        if (d + 1 < gradient.dim)
+          *reinterpret_cast<uint32_t*>(out + d) = words[m];
+        else
+          out[d] = T{static_cast<uint16_t>(words[m])};
+      }
     }
   }
 }
@@ -136,7 +178,8 @@ FASTATTN_DEVICE void zero_rows(unsigned char* operand, int row0, uint32_t dead, 
   for (; dead; dead &= dead - 1) {
     const int row = row0 + __ffs(static_cast<int>(dead)) - 1;
     if (lane < kChunks)
-      *reinterpret_cast<uint4*>(operand + lane / 8 * ROWS * kRowBytes + row * kRowBytes + lane % 8 * 16) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(operand + lane / 8 * ROWS * kRowBytes + row * kRowBytes + lane % 8 * 16) =
+          make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -147,12 +190,12 @@ struct Columns {
   uint32_t low, high;    // the bits of its two key rows
 };
 
-// One tile of 64 keys x BM queries. S^T and dP^T have the keys as rows, so P^T and dS^T leave the first products where the
-// second ones want them: in registers, as their left operand.
-// keep_ds gets dS^T, packed.
+// One tile of 64 keys x BM queries. S^T and dP^T have the keys as rows, so P^T and dS^T leave the first products where
+// the second ones want them: in registers, as their left operand. keep_ds gets dS^T, packed.
 template <typename T, int HEAD_DIM, int BM, bool MASKED, typename Keep>
 FASTATTN_DEVICE void dkv_tile(float (&dk)[HEAD_DIM / 2], float (&dv)[HEAD_DIM / 2], uint64_t key, uint64_t value,
-                              uint64_t query, uint64_t grad_out, const Columns& columns, float scale_log2, const Keep& keep_ds) {
+                              uint64_t query, uint64_t grad_out, const Columns& columns, float scale_log2,
+                              const Keep& keep_ds) {
   float p[BM / 2], ds[BM / 2];  // [64 keys, BM queries]: scores, then probabilities; dP, then dS
   ptx::wgmma_fence();
   scores<T, HEAD_DIM, BM>(p, key, query);

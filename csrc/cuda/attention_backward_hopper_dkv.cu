@@ -7,7 +7,8 @@ namespace {
 template <int HEAD_DIM>
 struct DkvTile {
   static constexpr int BN = kStationary;
-  static constexpr int BM = HEAD_DIM == 64 ? 128 : 64;  // with 128 at a head dim of 128 the scores do not fit in registers
+  // 128 rows at a head dim of 128 would not leave the registers for their scores.
+  static constexpr int BM = HEAD_DIM == 64 ? 128 : 64;
   static constexpr int kStages = 4;
   static constexpr int kKeyBytes = BN * HEAD_DIM * 2, kQueryBytes = BM * HEAD_DIM * 2;
   // A stage: queries, gradients of the output, then by rows: shift, delta, and BN / 32 arrays of mask bits.
@@ -20,7 +21,8 @@ struct DkvTile {
 
 template <typename T, int HEAD_DIM>
 FASTATTN_KERNEL(kThreads, 1)
-attention_backward_dkv_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, const FASTATTN_GRID_CONSTANT Problem problem) {
+attention_backward_dkv_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps,
+                                     const FASTATTN_GRID_CONSTANT Problem problem) {
 #if FASTATTN_HOPPER
   using Tile = DkvTile<HEAD_DIM>;
   constexpr int BM = Tile::BM, BN = Tile::BN, kStages = Tile::kStages;
@@ -30,9 +32,9 @@ attention_backward_dkv_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, con
   unsigned char* const stages = shared + 2 * Tile::kKeyBytes;
   Slot* const slots = reinterpret_cast<Slot*>(shared + Tile::kSlotsOffset);
   uint64_t* const stationary = reinterpret_cast<uint64_t*>(shared + Tile::kBarriersOffset);
-  uint64_t* const listed = stationary + 1;       // the slot of a stage tells what is coming
-  uint64_t* const landed = listed + kStages;     // its copies are there
-  uint64_t* const prepared = landed + kStages;   // what the mask warps add is there
+  uint64_t* const listed = stationary + 1;      // the slot of a stage tells what is coming
+  uint64_t* const landed = listed + kStages;    // its copies are there
+  uint64_t* const prepared = landed + kStages;  // what the mask warps add is there
   uint64_t* const consumed = prepared + kStages;
 
   const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 32), 0), lane = static_cast<int>(threadIdx.x % 32);
@@ -156,16 +158,18 @@ attention_backward_dkv_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, con
       const uint64_t grad_out = query + (Tile::kQueryBytes >> 4);
       const auto nothing = [](const auto&) {};
       if (kind == kFull)
-        dkv_tile<T, HEAD_DIM, BM, false>(dk, dv, key_operand, value_operand, query, grad_out, columns, problem.scale_log2, nothing);
+        dkv_tile<T, HEAD_DIM, BM, false>(dk, dv, key_operand, value_operand, query, grad_out, columns,
+                                         problem.scale_log2, nothing);
       else
-        dkv_tile<T, HEAD_DIM, BM, true>(dk, dv, key_operand, value_operand, query, grad_out, columns, problem.scale_log2, nothing);
+        dkv_tile<T, HEAD_DIM, BM, true>(dk, dv, key_operand, value_operand, query, grad_out, columns,
+                                        problem.scale_log2, nothing);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(consumed + stage);
       if (++stage == kStages) stage = 0, phase ^= 1;
     }
     const int row0 = j0 + part * 64 + warp_row;
-    store_rows<T, HEAD_DIM>(problem.grad_key, b, h_kv, row0, problem.len_k, problem.dim_qk, dk, problem.scale, lane);
-    store_rows<T, HEAD_DIM>(problem.grad_value, b, h_kv, row0, problem.len_k, problem.dim_v, dv, 1.0f, lane);
+    store_rows<T, HEAD_DIM>(problem.grad_key, b, h_kv, row0, problem.len_k, dk, problem.scale, lane);
+    store_rows<T, HEAD_DIM>(problem.grad_value, b, h_kv, row0, problem.len_k, dv, 1.0f, lane);
   }
 #endif
 }

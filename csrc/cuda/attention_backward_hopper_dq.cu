@@ -66,7 +66,8 @@ FASTATTN_DEVICE void dq_tile(float (&dq)[HEAD_DIM / 2], uint64_t query, uint64_t
 
 template <typename T, int HEAD_DIM>
 FASTATTN_KERNEL(kThreads, 1)
-attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, const FASTATTN_GRID_CONSTANT Problem problem) {
+attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps,
+                                    const FASTATTN_GRID_CONSTANT Problem problem) {
 #if FASTATTN_HOPPER
   using Tile = DqTile<HEAD_DIM>;
   constexpr int BM = Tile::BM, BN = Tile::BN, kStages = Tile::kStages;
@@ -76,9 +77,9 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
   unsigned char* const stages = shared + 2 * Tile::kQueryBytes;
   Slot* const slots = reinterpret_cast<Slot*>(shared + Tile::kSlotsOffset);
   uint64_t* const stationary = reinterpret_cast<uint64_t*>(shared + Tile::kBarriersOffset);
-  uint64_t* const listed = stationary + 1;       // the slot of a stage tells what is coming
-  uint64_t* const landed = listed + kStages;     // its copies are there
-  uint64_t* const prepared = landed + kStages;   // what the mask warps add is there
+  uint64_t* const listed = stationary + 1;              // the slot of a stage tells what is coming
+  uint64_t* const landed = listed + kStages;            // its copies are there
+  uint64_t* const prepared = landed + kStages;          // what the mask warps add is there
   uint64_t* const value_consumed = prepared + kStages;  // earlier than the rest: the next values can come
   uint64_t* const consumed = value_consumed + kStages;
 
@@ -152,8 +153,8 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
             words[row * (BN / 64) + part] = word;
             any |= word;
           }
-          // A key that no query of the tile attends to may be NaN, and 0 * NaN would reach the sums over keys. Keys beyond
-          // the last are zero already.
+          // A key that no query of the tile attends to may be NaN, and 0 * NaN would reach the sums over keys. Keys
+          // beyond the last are zero already.
           const uint64_t all = __reduce_or_sync(~0u, static_cast<uint32_t>(any)) |
                                uint64_t{__reduce_or_sync(~0u, static_cast<uint32_t>(any >> 32))} << 32;
           const uint64_t dead = ~all & bits_before(problem.len_k, slot.tile * BN + part * 64);
@@ -200,16 +201,16 @@ attention_backward_dq_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, cons
       const uint32_t* const words =
           reinterpret_cast<const uint32_t*>(stages + stage * Tile::kStageBytes + Tile::kWordsOffset) + row * (BN / 32);
       if (kind == kFull)
-        dq_tile<T, HEAD_DIM, false>(dq, query_operand, grad_out_operand, key, value, value_consumed + stage, words, shift, delta,
-                                    problem.scale_log2, lane);
+        dq_tile<T, HEAD_DIM, false>(dq, query_operand, grad_out_operand, key, value, value_consumed + stage, words,
+                                    shift, delta, problem.scale_log2, lane);
       else
-        dq_tile<T, HEAD_DIM, true>(dq, query_operand, grad_out_operand, key, value, value_consumed + stage, words, shift, delta,
-                                   problem.scale_log2, lane);
+        dq_tile<T, HEAD_DIM, true>(dq, query_operand, grad_out_operand, key, value, value_consumed + stage, words,
+                                   shift, delta, problem.scale_log2, lane);
       __syncwarp();
       if (lane == 0) ptx::mbarrier_arrive(consumed + stage);
       if (++stage == kStages) stage = 0, phase ^= 1;
     }
-    store_rows<T, HEAD_DIM>(problem.grad_query, b, h, i0 + row0, problem.len_q, problem.dim_qk, dq, problem.scale, lane);
+    store_rows<T, HEAD_DIM>(problem.grad_query, b, h, i0 + row0, problem.len_q, dq, problem.scale, lane);
   }
 #endif
 }

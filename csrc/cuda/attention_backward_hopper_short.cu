@@ -1,14 +1,15 @@
-// The backward of short sequences on Hopper: up to 256 queries and 256 keys, head dims up to 64, as many key heads as query
-// heads. One block has a whole head: every operand is read once, delta is formed on the way, S and dP are computed once, and
-// nothing goes through global memory between the products. 5 products for the 7 of the two kernels, one launch for three.
+// The backward of short sequences on Hopper: up to 256 queries and 256 keys, head dims up to 64, as many key heads as
+// query heads. One block has a whole head: every operand is read once, delta is formed on the way, S and dP are
+// computed once, and nothing goes through global memory between the products. 5 products for the 7 of the two kernels,
+// one launch for three.
 //
-// Two warpgroups; no producer, as all copies are issued at the start, in the order of use. For each 128 keys, 64 of them a
-// warpgroup, and each pair of query tiles of 64 rows:
-//   S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q      64 keys x 64 queries a warpgroup, for both tiles of the pair
-//   dS^T goes to shared memory                                  128 keys x 64 queries, two tiles
-//   dQ += dS K                                                  one tile a warpgroup, over the 128 keys in order
-// The dS tiles are double-buffered, so one barrier for a pair is enough: who writes a buffer again has passed the barrier of
-// the pair between, which both warpgroups reach only after the products that read the buffer.
+// Two warpgroups; no producer, as all copies are issued at the start, in the order of use. For each 128 keys, 64 of
+// them a warpgroup, and each pair of query tiles of 64 rows:
+//   S^T = K Q^T, dP^T = V dO^T, dV += P^T dO, dK += dS^T Q    64 keys x 64 queries a warpgroup, for both tiles
+//   dS^T goes to shared memory                                128 keys x 64 queries, two tiles
+//   dQ += dS K                                                one tile a warpgroup, over the 128 keys in order
+// The dS tiles are double-buffered, so one barrier for a pair is enough: who writes a buffer again has passed the
+// barrier of the pair between, which both warpgroups reach only after the products that read the buffer.
 #include "../core/softmax.h"
 #include "attention_backward_hopper.h"
 
@@ -19,8 +20,8 @@ constexpr int kHeadDim = 64, kBlock = 64, kRows = 256, kBlocks = kRows / kBlock;
 constexpr int kShortThreads = 256;
 constexpr int kOperandBytes = kRows * kRowBytes, kBlockBytes = kBlock * kRowBytes;
 constexpr int kDsBytes = 2 * kBlockBytes;  // of one query tile
-// After the operands and two pairs of dS tiles: shift, delta, 32 mask bits a row in each of 8 arrays; for each warp the OR and
-// the AND of its rows' words; barriers.
+// After the operands and two pairs of dS tiles: shift, delta, 32 mask bits a row in each of 8 arrays; for each warp the
+// OR and the AND of its rows' words; barriers.
 constexpr int kRowsOffset = 4 * kOperandBytes + 4 * kDsBytes;
 constexpr int kWordsOffset = kRowsOffset + kRows * 4 * (2 + kRows / 32);
 constexpr int kBarriersOffset = kWordsOffset + 2 * kBlocks * (kShortThreads / 32) * 8;
@@ -71,7 +72,8 @@ FASTATTN_DEVICE void zero_row(unsigned char* operand, int row) {
 
 template <typename T>
 FASTATTN_KERNEL(kShortThreads, 1)
-attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, const FASTATTN_GRID_CONSTANT ShortProblem short_problem) {
+attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps,
+                                       const FASTATTN_GRID_CONSTANT ShortProblem short_problem) {
 #if FASTATTN_HOPPER
   const Problem& problem = short_problem.common;
   FASTATTN_SHARED(shared);
@@ -82,7 +84,7 @@ attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, c
   unsigned char* const ds_tiles = value + kOperandBytes;
   float* const shift = reinterpret_cast<float*>(shared + kRowsOffset);
   float* const delta = shift + kRows;
-  uint32_t* const bits = reinterpret_cast<uint32_t*>(delta + kRows);  // [8][kRows]
+  uint32_t* const bits = reinterpret_cast<uint32_t*>(delta + kRows);          // [8][kRows]
   uint64_t* const some = reinterpret_cast<uint64_t*>(shared + kWordsOffset);  // [warp][kBlocks]
   uint64_t* const every = some + kBlocks * (kShortThreads / 32);
   uint64_t* const keys_landed = reinterpret_cast<uint64_t*>(shared + kBarriersOffset);  // of 128 keys
@@ -90,7 +92,8 @@ attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, c
 
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = __shfl_sync(~0u, thread / 32, 0);
   const int h = static_cast<int>(blockIdx.x % problem.heads_q), b = static_cast<int>(blockIdx.x / problem.heads_q);
-  const int query_tiles = (problem.len_q + kBlock - 1) / kBlock, key_tiles = (problem.len_k + 2 * kBlock - 1) / (2 * kBlock);
+  const int query_tiles = (problem.len_q + kBlock - 1) / kBlock,
+            key_tiles = (problem.len_k + 2 * kBlock - 1) / (2 * kBlock);
 
   if (thread == 0) {
     for (int n = 0; n < 2 + kBlocks; ++n) ptx::mbarrier_init(keys_landed + n, 1);
@@ -111,7 +114,8 @@ attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, c
     if (key_tiles > 1) load_keys(1);
   }
 
-  // One query row a thread. A row without keys may be NaN wherever it is read; one that does not exist has no probabilities.
+  // One query row a thread. A row without keys may be NaN wherever it is read; one that does not exist has no
+  // probabilities.
   uint64_t row_any = 0;
   {
     const bool exists = thread < problem.len_q;
@@ -123,9 +127,10 @@ attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, c
       sum = row_product(static_cast<const T*>(out.ptr) + b * out.stride[0] + h * out.stride[1] + thread * out.stride[2],
                         static_cast<const T*>(gradient.ptr) + b * gradient.stride[0] + h * gradient.stride[1] +
                             thread * gradient.stride[2],
-                        problem.dim_v, short_problem.vector);
+                        problem.grad_value.dim, short_problem.vector);
       if (grad_lse.ptr)
-        sum -= static_cast<const float*>(grad_lse.ptr)[b * grad_lse.stride[0] + h * grad_lse.stride[1] + thread * grad_lse.stride[2]];
+        sum -= *(static_cast<const float*>(grad_lse.ptr) + b * grad_lse.stride[0] + h * grad_lse.stride[1] +
+                 thread * grad_lse.stride[2]);
     }
     shift[thread] = lse == -INFINITY ? INFINITY : lse * static_cast<float>(kLog2E);
     delta[thread] = sum;
@@ -214,11 +219,11 @@ attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, c
         };
         const uint64_t step = static_cast<uint64_t>(tile * (kBlockBytes >> 4));
         if (kind == 2)
-          dkv_tile<T, kHeadDim, kBlock, false>(dk, dv, key_operand, value_operand, query_operand + step, grad_out_operand + step,
-                                               columns, problem.scale_log2, keep_ds);
+          dkv_tile<T, kHeadDim, kBlock, false>(dk, dv, key_operand, value_operand, query_operand + step,
+                                               grad_out_operand + step, columns, problem.scale_log2, keep_ds);
         else
-          dkv_tile<T, kHeadDim, kBlock, true>(dk, dv, key_operand, value_operand, query_operand + step, grad_out_operand + step,
-                                              columns, problem.scale_log2, keep_ds);
+          dkv_tile<T, kHeadDim, kBlock, true>(dk, dv, key_operand, value_operand, query_operand + step,
+                                              grad_out_operand + step, columns, problem.scale_log2, keep_ds);
       }
       ptx::fence_proxy_async();
       ptx::named_barrier(1, kShortThreads);
@@ -240,12 +245,12 @@ attention_backward_short_hopper_kernel(const FASTATTN_GRID_CONSTANT Maps maps, c
       buffer ^= 1;
     }
     const int row0 = block * kBlock + warp_row;
-    store_rows<T, kHeadDim>(problem.grad_key, b, h, row0, problem.len_k, problem.dim_qk, dk, problem.scale, lane);
-    store_rows<T, kHeadDim>(problem.grad_value, b, h, row0, problem.len_k, problem.dim_v, dv, 1.0f, lane);
+    store_rows<T, kHeadDim>(problem.grad_key, b, h, row0, problem.len_k, dk, problem.scale, lane);
+    store_rows<T, kHeadDim>(problem.grad_value, b, h, row0, problem.len_k, dv, 1.0f, lane);
   }
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair)
-    store_rows<T, kHeadDim>(problem.grad_query, b, h, (2 * pair + part) * kBlock + warp_row, problem.len_q, problem.dim_qk, dq[pair],
+    store_rows<T, kHeadDim>(problem.grad_query, b, h, (2 * pair + part) * kBlock + warp_row, problem.len_q, dq[pair],
                             problem.scale, lane);
 #endif
 }
@@ -270,7 +275,8 @@ void run(const AttentionBackwardParams& p, const Problem& problem) {
                   panel_map(p.value, p.batch, p.heads_kv, p.len_k, p.dim_v, kBlock),
                   panel_map(p.grad_out, p.batch, p.heads_q, p.len_q, p.dim_v, kBlock)};
   launch("attention_backward_short_hopper_kernel", attention_backward_short_hopper_kernel<T>,
-         dim3(static_cast<unsigned>(p.batch * p.heads_q)), dim3(kShortThreads), kSharedBytes, p.stream, maps, short_problem);
+         dim3(static_cast<unsigned>(p.batch * p.heads_q)), dim3(kShortThreads), kSharedBytes, p.stream, maps,
+         short_problem);
 }
 
 }  // namespace

@@ -248,8 +248,8 @@ class Problem {
       const int64_t b = n / (p.heads_q * p.len_q), h = n / p.len_q % p.heads_q, i = n % p.len_q;
       const int64_t keys = (b * p.heads_kv + h / (p.heads_q / p.heads_kv)) * p.len_k;
       if (get(p.lse, b, h, i, 0) == -kInf) continue;
-      const double delta = inner(&out[n * p.dim_v], &grad_out[n * p.dim_v], p.dim_v) -
-                           (p.grad_lse ? get(p.grad_lse, b, h, i, 0) : 0.0);
+      const double delta =
+          inner(&out[n * p.dim_v], &grad_out[n * p.dim_v], p.dim_v) - (p.grad_lse ? get(p.grad_lse, b, h, i, 0) : 0.0);
       for (int64_t j = 0; j < p.len_k; ++j) {
         const double probability = probabilities_[n * p.len_k + j];
         if (probability == 0.0) continue;
@@ -279,14 +279,16 @@ class Problem {
         largest = std::fmax(largest, std::fabs(want));
         difference = error > difference || std::isnan(error) ? error : difference;
       }
-    if (!CHECK(difference <= tolerance * largest)) std::fprintf(stderr, "    off by %g, largest %g\n", difference, largest);
+    if (!CHECK(difference <= tolerance * largest))
+      std::fprintf(stderr, "    off by %g, largest %g\n", difference, largest);
   }
 };
 
 void test_dense() {
   const Shape shapes[] = {{1, 1, 1, 128, 128, 64, 64}, {2, 1, 2, 130, 197, 64, 64},  {1, 2, 2, 65, 129, 128, 128},
                           {1, 1, 1, 1, 1, 8, 8},       {1, 1, 3, 63, 300, 128, 128}, {1, 2, 1, 259, 64, 40, 40},
-                          {1, 1, 2, 17, 130, 96, 59},  {1, 1, 1, 70, 70, 3, 80}, {2, 2, 1, 256, 256, 64, 64}, {1, 1, 1, 190, 70, 40, 59}};
+                          {1, 1, 2, 17, 130, 96, 59},  {1, 1, 1, 70, 70, 3, 80},     {2, 2, 1, 256, 256, 64, 64},
+                          {1, 1, 1, 190, 70, 40, 59}};
   uint64_t seed = 100;
   for (const Shape& shape : shapes)
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -322,7 +324,8 @@ void test_masks() {
 // More tiles than twice the stages of the rings, and one candidate list of 32 tiles is not enough.
 void test_long() {
   for (const int64_t dim : {64, 128}) {
-    Problem keys(DType::kBFloat16, {1, 1, 1, 66, 1190, dim, dim}, 250 + dim), queries(DType::kFloat16, {1, 1, 1, 1190, 66, dim, dim}, dim);
+    Problem keys(DType::kBFloat16, {1, 1, 1, 66, 1190, dim, dim}, 250 + dim),
+        queries(DType::kFloat16, {1, 1, 1, 1190, 66, dim, dim}, dim);
     queries.set_keep();
     keys.check();
     queries.check();
@@ -339,8 +342,9 @@ void test_random_problems(int rounds) {
   const int64_t dims[] = {1, 8, 40, 59, 64, 80, 128};
   for (int round = 0; round < rounds; ++round) {
     const DType dtype = random.chance(0.5) ? DType::kBFloat16 : DType::kFloat16;
-    const Shape shape{random.integer(1, 2), random.integer(1, 2), random.integer(1, 3),    lengths[random.integer(0, 10)],
-                      lengths[random.integer(0, 10)], dims[random.integer(0, 6)], dims[random.integer(0, 6)]};
+    const Shape shape{random.integer(1, 2),           random.integer(1, 2),           random.integer(1, 3),
+                      lengths[random.integer(0, 10)], lengths[random.integer(0, 10)], dims[random.integer(0, 6)],
+                      dims[random.integer(0, 6)]};
     Problem problem(dtype, shape, random.bits());
     const double scales[] = {problem.p.scale, 1.0, 0.0, -0.25};
     problem.p.scale = scales[random.integer(0, 3)];
