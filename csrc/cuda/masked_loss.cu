@@ -10,12 +10,13 @@
 // masked_loss_normalized_kernel) writes the gradient and one sum a block; the block that finishes last adds the sums in
 // their order. So the result depends on the problem alone, bit by bit.
 //
-// masked_loss_kernel: 256 threads, 4 vectors of input and of target in flight each (32 KB a block), 2 to 3 blocks an SM
-// hide the way from the mask to the data. Bytes for an element of size e of which a share f counts: 2 f e + e for the
-// gradient, mask bytes beside them are few; 60 % masked, float32: 3.2 + 4. About 150 instructions a vector, of 236 that the
-// memory leaves time for: bound by the memory, expected at 80 % of copy bandwidth.
+// masked_loss_kernel: 256 threads of 128 registers, 2 blocks an SM; each thread has 4 vectors of input and of target in flight,
+// 64 KB an SM where all count. Bytes for an element of size e of which a share f counts: 2 f e, and e for the gradient; the
+// mask's are few beside them. 60 % counted, float32: 4.8 + 4. About 150 instructions a vector, of 236 that the memory leaves
+// time for: bound by the memory, expected at 80 % of copy bandwidth.
 // masked_loss_normalized_kernel: a warp for each patch or token, which is read three times, twice of them from L1.
 #include <algorithm>
+#include <stdexcept>
 
 #include "../core/mask.h"
 #include "kernels.h"
@@ -29,6 +30,7 @@ constexpr int kInFlight = 4;         // vectors of a thread
 constexpr int kGroupsPerWarp = 2;    // of the normalised kernel
 constexpr int64_t kMaxCounts = 128;  // numbers that the count kernel leaves
 constexpr int kMaskBytes = 64;       // of a thread of the count kernel, at least
+constexpr int64_t kMaxSize = (int64_t{1} << 31) - 1;  // of a dimension: positions are 32 bits wide, offsets 64
 constexpr int64_t kAlignment = 256;
 
 // Division by a number that is known at the launch: a product and a shift below 2^31.
@@ -160,7 +162,7 @@ FASTATTN_UNROLL
 // ---- one vector ----
 
 struct Place {
-  int64_t i0, i1, i2, column;  // column: vectors
+  int i0, i1, i2, column;  // column: vectors
 };
 
 FASTATTN_DEVICE int64_t offset_of(const TensorRef& t, const Place& at) {
@@ -169,7 +171,8 @@ FASTATTN_DEVICE int64_t offset_of(const TensorRef& t, const Place& at) {
 
 FASTATTN_DEVICE Place place_of(const Lines& lines, int64_t vector) {
   const int64_t line = divide(vector, lines.line_vectors), i01 = divide(line, lines.outer2), i0 = divide(i01, lines.outer1);
-  return {i0, i01 - i0 * lines.outer1.size, line - i01 * lines.outer2.size, vector - line * lines.line_vectors.size};
+  return {static_cast<int>(i0), static_cast<int>(i01 - i0 * lines.outer1.size), static_cast<int>(line - i01 * lines.outer2.size),
+          static_cast<int>(vector - line * lines.line_vectors.size)};
 }
 
 // Bit e: element e of the vector counts.
@@ -178,7 +181,7 @@ FASTATTN_DEVICE uint32_t counted_bits(const Lines& lines, const Place& at) {
   const uint8_t* const row = lines.mask + at.i0 * lines.mask_stride[0] + at.i1 * lines.mask_stride[1] +
                              divide(at.i2, lines.rows_per_cell) * lines.mask_stride[2];
   if (!lines.element_mask) return row[divide(at.column, lines.cell_vectors) * lines.cell_stride] ? (1u << VECTOR) - 1 : 0;
-  const uint8_t* const cells = row + at.column * VECTOR * lines.cell_stride;
+  const uint8_t* const cells = row + static_cast<int64_t>(at.column) * VECTOR * lines.cell_stride;
   uint32_t bits = 0;
 FASTATTN_UNROLL
   for (int e = 0; e < VECTOR; ++e) bits |= static_cast<uint32_t>(cells[e * lines.cell_stride] != 0) << e;
@@ -396,12 +399,13 @@ FASTATTN_KERNEL(kThreads, 2) masked_loss_normalized_kernel(const FASTATTN_GRID_C
   int64_t count = 0;
   for (int64_t group = warp * kGroupsPerWarp; group < min64(groups, (warp + 1) * kGroupsPerWarp); ++group) {
     const int64_t row = group / cells, of_channels = row / cell_rows, blocks = lines.outer1.size / lines.channels;
-    const Place corner{of_channels / blocks, of_channels % blocks * lines.channels, row % cell_rows * lines.rows_per_cell.size,
-                       group % cells * columns};
+    const Place corner{static_cast<int>(of_channels / blocks), static_cast<int>(of_channels % blocks * lines.channels),
+                       static_cast<int>(row % cell_rows * lines.rows_per_cell.size), static_cast<int>(group % cells * columns)};
     const auto place = [&](int64_t vector) {
       const int64_t line = divide(vector, lines.cell_vectors), channel = divide(line, lines.rows_per_cell);
-      return Place{corner.i0, corner.i1 + channel, corner.i2 + line - channel * lines.rows_per_cell.size,
-                   corner.column + vector - line * columns};
+      return Place{corner.i0, corner.i1 + static_cast<int>(channel),
+                   corner.i2 + static_cast<int>(line - channel * lines.rows_per_cell.size),
+                   corner.column + static_cast<int>(vector - line * columns)};
     };
     const uint32_t counted = counted_bits<VECTOR>(lines, corner);
     float high = 0.0f, low = 0.0f, factor = 0.0f;
@@ -480,7 +484,7 @@ void merge_dimensions(Shape& s, bool keep_last) {
     bool runs_on = s.mask_stride[d] == s.mask_stride[inner] * s.size[inner];
     for (const TensorRef& t : s.tensor) runs_on = runs_on && (!t || t.stride[d] == t.stride[inner] * s.size[inner]);
     if (s.size[inner] == 1 && !fixed) move_dimension(s, inner, d);
-    else if (runs_on && !fixed) s.size[inner] *= s.size[d];
+    else if (runs_on && !fixed && s.size[d] * s.size[inner] <= kMaxSize) s.size[inner] *= s.size[d];
     else move_dimension(s, --inner, d);
   }
   while (--inner >= 0) clear_dimension(s, inner);
@@ -511,7 +515,7 @@ Shape make_shape(const MaskedLossParams& p) {
   // Channels that run fastest become part of the line.
   bool channels_last = true;
   for (const TensorRef& t : s.tensor) channels_last = channels_last && (!t || t.stride[3] == p.size[1] * t.stride[1]);
-  if (channels_last) {
+  if (channels_last && s.size[3] * s.size[1] <= kMaxSize) {
     for (TensorRef& t : s.tensor) t.stride[3] = t.stride[1];
     s.size[3] *= s.size[1];
     s.cell_width *= s.size[1];
@@ -627,6 +631,8 @@ void masked_loss(const MaskedLossParams& p) {
     if (is_sum && p.loss) zero_async(p.loss.ptr, p.loss.dtype == DType::kFloat32 ? 4 : 2, p.stream);
     return;
   }
+  for (const int64_t size : p.size)
+    if (size > kMaxSize) throw std::invalid_argument("masked_loss: a dimension of " + std::to_string(size) + " elements is over 2^31");
   const Plan plan = make_plan(p);
   Sums sums;
   if (is_sum) {
