@@ -168,25 +168,10 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
     KeyTiles<S::kBlockM, S::kBlockN> cursor(a.mask, a.summary, item.b, item.h, item.i0, a.len_q, a.len_k);
     // One call of the cursor for all steps of the loop: it is most of the code. A tile is its number * 4 + flags, or -1.
     int tile = -1, before = -1;
-    bool begun = false;
     do {
       int after = 0;
       bool full = false;
       after = cursor.next(after, full) ? after * 4 + (full ? kFull : 0) : -1;
-      if (!begun) {
-        begun = true;
-        ptx::mbarrier_wait(&shared.query_empty, query_parity);
-        if (leader) {
-          shared.item = n;
-          shared.item_live = after >= 0;
-          shared.place = item;
-          if (after >= 0)
-            load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h,
-                                          item.b);
-          else
-            ptx::mbarrier_arrive(&shared.query_full);
-        }
-      }
       // K of a tile, then V of the tile before: the order in which the consumers want them.
       const Ring<S::kStages> at{ring.number - 1};  // of `before`
       if (tile >= 0) {
@@ -194,9 +179,23 @@ FASTATTN_DEVICE void run_load_warp(Shared<T, kHeadDim>& shared, const Arguments&
         if (leader) {
           shared.tile[ring.stage()] = tile + (after < 0 ? kLast : 0);
           load<T, kHeadDim, S::kBlockN>(shared.key[ring.stage()], &shared.key_full[ring.stage()], key_map,
-                                        (tile >> 2) * S::kBlockN, shared.place.h_kv, shared.place.b);
+                                        (tile >> 2) * S::kBlockN, item.h_kv, item.b);
         }
         ++ring.number;
+      }
+      // Q behind the first K, which need not wait for the end of the item before.
+      if (before < 0 && (tile >= 0 || after < 0)) {
+        ptx::mbarrier_wait(&shared.query_empty, query_parity);
+        if (leader) {
+          shared.item = n;
+          shared.item_live = tile >= 0;
+          shared.place = item;
+          if (tile >= 0)
+            load<T, kHeadDim, S::kBlockM>(shared.query, &shared.query_full, query_map, static_cast<int>(item.i0), item.h,
+                                          item.b);
+          else
+            ptx::mbarrier_arrive(&shared.query_full);
+        }
       }
       if (before >= 0) {
         ptx::mbarrier_wait(&shared.value_empty[at.stage()], at.parity() ^ 1);
