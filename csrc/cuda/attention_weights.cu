@@ -451,8 +451,9 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dq_kernel(const FASTATTN_GRID_CON
   for (int stage = 0; more;) {
     const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
     TilePair next;
-    const bool next_more = next_pair(next);
+    bool next_more = false;
     if constexpr (kStages<T, HEAD_DIM> == 2) {
+      next_more = next_pair(next);
       if (next_more) load(next, stage ^ 1, thread);
       ptx::cp_async_commit();
       ptx::cp_async_wait<1>();
@@ -479,6 +480,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dq_kernel(const FASTATTN_GRID_CON
     if constexpr (kStages<T, HEAD_DIM> == 2) {
       stage ^= 1;
     } else {
+      next_more = next_pair(next);
       if (next_more) load(next, 0, thread);
       ptx::cp_async_commit();
     }
@@ -532,8 +534,9 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CON
     for (int stage = 0; more;) {
       const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
       TilePair next;
-      const bool next_more = next_pair(next);
+      bool next_more = false;
       if constexpr (kStages<T, HEAD_DIM> == 2) {
+        next_more = next_pair(next);
         if (next_more) load(next, stage ^ 1, thread);
         ptx::cp_async_commit();
         ptx::cp_async_wait<1>();
@@ -558,6 +561,7 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CON
       if constexpr (kStages<T, HEAD_DIM> == 2) {
         stage ^= 1;
       } else {
+        next_more = next_pair(next);
         if (next_more) load(next, 0, thread);
         ptx::cp_async_commit();
       }

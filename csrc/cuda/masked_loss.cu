@@ -10,7 +10,7 @@
 // masked_loss_normalized_kernel) writes the gradient and one sum a block; the block that finishes last adds the sums in
 // their order. So the result depends on the problem alone, bit by bit.
 //
-// masked_loss_kernel: 256 threads of 128 registers, 2 blocks an SM; each thread has 4 vectors of input and of target in flight,
+// masked_loss_kernel: 256 threads of 108 registers, 2 blocks an SM; each thread has 4 vectors of input and of target in flight,
 // 64 KB an SM where all count. Bytes for an element of size e of which a share f counts: 2 f e, and e for the gradient; the
 // mask's are few beside them. 60 % counted, float32: 4.8 + 4. About 150 instructions a vector, of 236 that the memory leaves
 // time for: bound by the memory, expected at 80 % of copy bandwidth.
