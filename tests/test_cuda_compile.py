@@ -144,6 +144,24 @@ def test_sources_compile(source, architecture):
         assert re.search(rf"\b{instruction}\b", listing), f"no {instruction} in {source.name} for sm_{architecture}"
 
 
+@pytest.mark.slow
+def test_softmax_overlaps_with_the_product_in_the_hopper_forward():
+    """ptxas may move the wait for P V in front of the exponentials that should run beside it: no error, only slow."""
+    if find_nvcc() is None or find_cuobjdump() is None:
+        pytest.skip("no nvcc or no cuobjdump")
+    _, cubin = compiled(FOLDER / "attention_forward_hopper.cu", "90a")
+    listing = subprocess.run([find_cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    kernels = [
+        part for part in listing.split("Function : ")[1:] if "attention_forward_hopper_kernel" in part.split()[0]
+    ]
+    assert kernels
+    for kernel in kernels:
+        scores_waited = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1\b", kernel)
+        assert scores_waited, "one product is left in flight"
+        overlapped = re.split(r"WARPGROUP\.DEPBAR", kernel[scores_waited.end() :])[0]
+        assert overlapped.count("MUFU.EX2") > 32, kernel.split()[0]
+
+
 def test_a_spill_would_be_seen():
     report = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z1kPf' for 'sm_80'
