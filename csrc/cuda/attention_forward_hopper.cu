@@ -14,7 +14,7 @@
 //
 // Q K^T of the next tile and P V of this one are in flight together while the softmax of the next waits only for the first;
 // and the warpgroups take turns in issuing, so that one's softmax runs beside another's products. K is free as soon as
-// its scores are there, V a tile later, so the two have their own barriers and are loaded in the order K0 K1 V0 K2 V1 ...
+// its scores are there, V a tile later, so the two have their own barriers and are loaded in the order K0 Q K1 V0 K2 V1 ...
 //
 // A full tile runs no mask code: the consumers look at one flag, and do not wait for the mask warps. In a partial tile a
 // thread reads the words of its two rows and shifts them once; the bits it needs are then at constant positions.
