@@ -8,29 +8,36 @@
 // Shared memory holds Q, one tile of K and one of V. They take turns: V arrives while S is computed, the next K while P V is;
 // two barriers a tile. A short sequence costs nothing extra: with one tile there is nothing to prefetch.
 //
-//     head dim    rows a warp   warps   BM    Q + K + V        what bounds the choice
-//     32 .. 128   32            4       128   16 .. 64 KiB     registers: O 4 D / 4 and S 64 of 255 a thread at D = 128
-//     192, 256    16            4       64    72, 96 KiB       registers: O D / 2 of 255
-//     any, L <= 16 16 for all   4       16    9 .. 72 KiB      each warp takes 16 keys of a tile; merged at the end
-// Few rows and few heads (decoding) share out the keys of a row over blocks as well, and a second kernel adds up the parts.
-// A warp with 32 rows uses each fragment of K and V twice, which halves what the tensor cores want from shared memory: at
-// D = 128 a tile of a block costs 2048 cycles of mma on an A100 and 1280 of ldmatrix. Two blocks share an SM (registers), and
-// one computes while the other is at its softmax. Global memory: Q, O and lse once, K and V ceil(L / BM) times, from L2.
+//     head dim         rows a warp   warps   BM    Q + K + V       registers a thread, sm_80 / 90 / 100: none spilled
+//     32 .. 128        32            4       128   16 .. 64 KiB    153 .. 255: O takes D, S 64 of them
+//     192, 256         16            4       64    72, 96 KiB      201 .. 241: O takes D / 2
+//     the same, with bias, dropout, an unusual scale or L <= 64:
+//     32 .. 256        16            4       64    12 .. 96 KiB    126 .. 244
+//     with L <= 16     16 for all    4       16    9 .. 72 KiB     102 .. 243; each warp takes 16 keys of a tile
+// The sums of the four warps of the last kind are merged at the end. Few rows of few heads (decoding) share out the keys of a
+// row over blocks as well, and a second kernel adds up the parts.
 //
-// Masks: a tile is empty (not visited), full (no mask code) or partial. In a partial tile each warp fetches the words of its own
-// rows, one row a lane, before it waits for K; scores are selected by the bits, a warp whose rows see nothing skips the tile,
-// and values that none of its rows may attend to count as zeros, for 0 * NaN is NaN. Under a causal mask the last rows have
-// the longest way to go: within a head they start first.
+// A warp with 32 rows uses each fragment of K and V twice, which halves what the tensor cores want from shared memory: at
+// D = 128 a tile of a block costs 2048 cycles of mma on an A100, about 1250 of issued instructions and 1280 of ldmatrix. Two
+// blocks share an SM, and one computes while the other is at its softmax. Global memory: Q, O and lse once, K and V
+// ceil(L / BM) times, from L2. These are the tile and the traffic of FlashAttention-2 at D = 128, and its speed is what is
+// to be expected of full tiles (the aim is 1.0 times it or better); no GPU has timed it yet.
+//
+// Masks: a tile is empty (not visited), full (no mask code) or partial. In a partial tile each warp fetches the words of its
+// own rows, one row a lane, before it waits for K; scores are selected by the bits, a warp whose rows see nothing skips the
+// tile, 16 keys that none of its rows may attend to are left out of both products, and values that none of them may attend to
+// count as zeros, for 0 * NaN is NaN. Under a causal mask the last rows have the longest way to go: within a head they start
+// first.
 //
 // float32, in full precision on the ordinary cores: a block of 256 threads owns 64 rows; a thread computes 4 x 4 scores and
 // 4 x 4 outputs of each 64 columns; K and V stream through two buffers of 64 keys x 64 columns.
 //
-// The shift is subtracted from a score before the product with c: the difference is exactly 0 at the maximum however large the
-// scores are, and lse is exactly the score of a row's only key. Any number near the maximum serves as shift as long as P, the sum
-// and lse use the same one, so that scores of ordinary size move it, and rescale what was accumulated, only when a row's maximum
-// has grown by more than 2^8; P stays below 256. Larger scores, and float32, move it with the maximum.
+// The shift is subtracted from a score before the product with c: the difference is exactly 0 at the maximum however large
+// the scores are, and lse is exactly the score of a row's only key. Any number near the maximum serves as shift as long as P,
+// the sum and lse use the same one, so that scores of ordinary size move it, and rescale what was accumulated, only when a
+// row's maximum has grown by more than 2^8; P stays below 256. Larger scores, and float32, move it with the maximum.
 //
-// A row's result depends on its own sequence of key tiles only.
+// A row's result depends on its own sequence of key tiles only, and in decoding on the number of parts.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -293,7 +300,8 @@ struct Shape {
   static constexpr bool kSplit = SPLIT_;
   static constexpr bool kGeneral = GENERAL_;  // bias, dropout or an unusual scale
   static constexpr int kWarps = 4, kThreads = kWarps * 32;
-  static constexpr int kBlocks = HEAD_DIM_ <= (kGeneral ? 128 : 32) ? 3 : 2;  // that share an SM
+  // Blocks that share an SM. With three, head dim 96, whose addresses are awkward, would spill a register.
+  static constexpr int kBlocks = HEAD_DIM_ <= (kGeneral ? 128 : 32) && HEAD_DIM_ != 96 ? 3 : 2;
   static constexpr int kWarpRows = 16 * kM;
   static constexpr int kRows = kSplit ? kWarpRows : kWarpRows * kWarps;
   static constexpr int kWarpKeys = kSplit ? kKeys / kWarps : kKeys;
@@ -302,8 +310,8 @@ struct Shape {
   static constexpr int kSharedBytes = kMergeBytes > kTileBytes ? kMergeBytes : kTileBytes;
 };
 
-// What turns sums relative to one shift into sums relative to a larger one. A part that has seen NaN alone has the shift -inf and
-// the sum NaN: the product stays NaN.
+// What turns sums relative to one shift into sums relative to a larger one. A part that has seen NaN alone has the shift -inf
+// and the sum NaN: the product stays NaN.
 FASTATTN_DEVICE float part_factor(float part_shift, float shift, const Plan& plan) {
   return ptx::ex2((part_shift - softmax_shift(shift)) * plan.exponent.to_log2);
 }
@@ -334,8 +342,8 @@ struct WarpPosition {
   }
 };
 
-// The warps' shares of the same rows, added up in the order of the warps: to the output, or to this block's part of it. Every copy
-// has landed and every warp is done with the tiles when this is called by all threads.
+// The warps' shares of the same rows, added up in the order of the warps: to the output, or to this block's part of it. Every
+// copy has landed and every warp is done with the tiles when this is called by all threads.
 template <typename S>
 FASTATTN_DEVICE void merge_and_store(Accumulator<S::kM, S::kHeadDim>& acc, unsigned char* shared, const AttentionForwardParams& p,
                                      const Plan& plan, const BlockPosition& at) {
@@ -421,9 +429,6 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   T* const v_tile = k_tile + kKeys * D;            // [64][D]
 
   const BlockPosition at = block_position<S::kRows>(p, plan);
-  uint64_t seed = 0;
-  if constexpr (S::kGeneral)
-    if (plan.has_dropout) seed = dropout_seed(p.dropout);
   // What is cheap to work out again does not wait in registers while O and S need them: hence `opaque`, here and below.
   const auto load_keys = [&](int tile) {
     load_tile<T, D, kKeys, S::kThreads>(k_tile, plane_of<T>(p.key, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_qk), tile * kKeys,
@@ -483,7 +488,8 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
 #pragma unroll
         for (int m = 0; m < M; ++m) pack_a<T>(probabilities[n / 2][m], s[m][n], s[m][n + 1]);
       if constexpr (S::kGeneral)
-        if (plan.has_dropout) drop(probabilities, seed, plan.threshold, at.b, at.h, warp.row0, j0 + warp.key, warp.lane);
+        if (plan.has_dropout)
+          drop(probabilities, dropout_seed(p.dropout), plan.threshold, at.b, at.h, warp.row0, j0 + warp.key, warp.lane);
     }
 
     ptx::cp_async_wait<0>();
