@@ -90,16 +90,19 @@ def tool(name, *arguments):
 
 
 def inspect(kernel, tmp_path):
-    """(registers, bytes of stack, instructions) of a compiled kernel."""
+    """(registers, bytes spilled, instructions) of a compiled kernel."""
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    usage = tool("cuobjdump", "-res-usage", str(cubin))
+    usage, instructions = tool("cuobjdump", "-res-usage", str(cubin)), tool("nvdisasm", "-c", str(cubin))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return registers, stack, tool("nvdisasm", "-c", str(cubin))
+    # A frame without stores holds nothing.
+    return registers, stack if re.search(r"\bSTL\b", instructions) else 0, instructions
 
 
 def launch(operation, dtype, dim, length, masked, with_bias=False):
     """Calls the backend as a problem of that kind does."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    dtype = torch.float32 if dtype == "tf32" else dtype
     x = torch.zeros(1, 2, length, dim, dtype=dtype)
     mask = None
     if masked == "causal":
@@ -118,28 +121,61 @@ def launch(operation, dtype, dim, length, masked, with_bias=False):
 
 
 def problems():
+    """Every line of the table on every generation, and the largest of the short problems."""
     for capability in config.CAPABILITIES:
         for dim in (64, 128, 256):
-            yield capability, "forward", torch.bfloat16, dim, LENGTH, "causal"
-            yield capability, "backward", torch.bfloat16, dim, LENGTH, "causal"
-        yield capability, "forward", torch.bfloat16, 128, LENGTH, "dense"
-        for length in (49, 113, 197):
-            yield capability, "forward", torch.bfloat16, 64, length, None
-            yield capability, "backward", torch.bfloat16, 64, length, None
+            for masked in ("causal", "dense", "bias"):
+                yield capability, "forward", torch.bfloat16, dim, LENGTH, masked
+                yield capability, "backward", torch.bfloat16, dim, LENGTH, masked
+            yield capability, "weights", torch.bfloat16, dim, LENGTH, "causal"
+            yield capability, "forward", torch.float32, dim, LENGTH, "causal"
+            yield capability, "backward", torch.float32, dim, LENGTH, "bias"
+        for dim, length in ((64, 49), (64, 113), (64, 197), (128, 113), (256, 49)):
+            yield capability, "forward", torch.bfloat16, dim, length, None
+            yield capability, "backward", torch.bfloat16, dim, length, None
+        yield capability, "forward", torch.bfloat16, 128, 197, None
+        yield capability, "forward", torch.bfloat16, 256, 113, None
+        yield capability, "forward", torch.float32, 64, 113, None
+        yield capability, "backward", torch.float32, 64, 49, None
+        yield capability, "forward", "tf32", 64, LENGTH, "causal"
+        yield capability, "backward", "tf32", 64, LENGTH, "bias"
     yield 90, "forward", torch.float16, 64, LENGTH, None
-    yield 90, "backward", torch.bfloat16, 64, LENGTH, "dense"
-    yield 90, "backward", torch.bfloat16, 64, LENGTH, "bias"
-    yield 90, "weights", torch.bfloat16, 64, LENGTH, "causal"
-    for dim in (64, 128, 256):
-        yield 80, "forward", torch.float32, dim, LENGTH, "causal"
-        yield 80, "backward", torch.float32, dim, LENGTH, "causal"
-    yield 80, "forward", torch.float32, 64, 113, None
-    yield 80, "backward", torch.float32, 64, 113, None
 
 
 def name_of(problem):
     capability, operation, dtype, dim, length, masked = problem
-    return f"sm{capability}-{operation}-{str(dtype)[6:]}-d{dim}-s{length}-{masked}"
+    return f"sm{capability}-{operation}-{str(dtype).removeprefix('torch.')}-d{dim}-s{length}-{masked}"
+
+
+@pytest.fixture(autouse=True)
+def _float32_precision():
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+class Recorder(dict):
+    """A table that knows which of its lines were read."""
+
+    def __init__(self, lines):
+        super().__init__(lines)
+        self.read = set()
+
+    def __getitem__(self, key):
+        self.read.add(key)
+        return super().__getitem__(key)
+
+
+def test_the_problems_below_need_every_line_of_the_table():
+    half, single = Recorder(config._HALF), Recorder(config._FLOAT32)
+    with (
+        mock.patch.object(config, "_HALF", half),
+        mock.patch.object(config, "_FLOAT32", single),
+        mock.patch.object(JITFunction, "run", lambda *args, **kwargs: None),
+    ):
+        for capability, operation, dtype, dim, length, masked in problems():
+            with mock.patch.object(config, "capability", lambda tensor, capability=capability: capability):
+                launch(operation, dtype, dim, length, None if masked == "bias" else masked, masked == "bias")
+    assert half.read == set(half) and single.read == set(single)
 
 
 @pytest.mark.parametrize("problem", list(problems()), ids=name_of)
@@ -158,7 +194,7 @@ def test_configurations_compile(problem, tmp_path):
             continue
         if "short" not in name and kernel.metadata.num_stages > 1:
             assert re.search(r"\bLDGSTS\b|\bUTMALDG\b", instructions), f"{name}: loads do not overlap with computing"
-        if dtype != torch.float32 and "attended" not in name:
+        if isinstance(dtype, torch.dtype) and dtype != torch.float32 and "attended" not in name:
             assert re.search(TENSOR_CORES[capability], instructions), f"{name} does not use the tensor cores"
 
 

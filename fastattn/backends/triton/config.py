@@ -82,7 +82,7 @@ _FLOAT32: dict[tuple[str, int, int], Config] = {
     ("forward", 80, 64): Config(64, 32, 8, 2),
     ("forward", 80, 128): Config(64, 32, 8, 2),
     ("forward", 80, 256): Config(16, 32, 4, 2),
-    ("forward", 90, 128): Config(32, 16, 4, 2),
+    ("forward", 90, 128): Config(32, 16, 8, 2),
     ("forward", 90, 256): Config(32, 16, 8, 2),
     ("dq", 80, 64): Config(32, 32, 4, 2),
     ("dq", 80, 128): Config(32, 32, 8, 2),
