@@ -10,10 +10,10 @@
 //
 //     head dim         rows a warp   warps   BM    Q + K + V       registers a thread, sm_80 / 90 / 100: none spilled
 //     32 .. 128        32            4       128   16 .. 64 KiB    153 .. 255: O takes D, S 64 of them
-//     192, 256         16            4       64    72, 96 KiB      201 .. 241: O takes D / 2
+//     192, 256         16            4       64    72, 96 KiB      200 .. 241: O takes D / 2
 //     the same, with bias, dropout, an unusual scale or L <= 64:
-//     32 .. 256        16            4       64    12 .. 96 KiB    126 .. 244
-//     with L <= 16     16 for all    4       16    9 .. 72 KiB     102 .. 243; each warp takes 16 keys of a tile
+//     32 .. 256        16            4       64    12 .. 96 KiB    126 .. 255
+//     with L <= 16     16 for all    4       16    9 .. 72 KiB     101 .. 243; each warp takes 16 keys of a tile
 // The sums of the four warps of the last kind are merged at the end. Few rows of few heads (decoding) share out the keys of a
 // row over blocks as well, and a second kernel adds up the parts.
 //
@@ -257,8 +257,8 @@ FASTATTN_DEVICE void add_bias(float (&s)[M][N][4], const AttentionForwardParams&
 }
 
 template <int M, int N>
-FASTATTN_DEVICE void scale_and_bias(float (&s)[M][N][4], const AttentionForwardParams& p, const Plan& plan, int b, int h, int row0,
-                                    int key0, int lane) {
+FASTATTN_DEVICE void scale_and_bias(float (&s)[M][N][4], const AttentionForwardParams& p, const Plan& plan, int b, int h,
+                                    int row0, int key0, int lane) {
   if (!p.bias.ptr) {
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -431,13 +431,13 @@ attention_forward_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, 
   const BlockPosition at = block_position<S::kRows>(p, plan);
   // What is cheap to work out again does not wait in registers while O and S need them: hence `opaque`, here and below.
   const auto load_keys = [&](int tile) {
-    load_tile<T, D, kKeys, S::kThreads>(k_tile, plane_of<T>(p.key, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_qk), tile * kKeys,
-                                        ptx::opaque(threadIdx.x));
+    const Plane<T> key = plane_of<T>(p.key, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_qk);
+    load_tile<T, D, kKeys, S::kThreads>(k_tile, key, tile * kKeys, ptx::opaque(threadIdx.x));
     ptx::cp_async_commit();
   };
   const auto load_values = [&](int tile) {
-    load_tile<T, D, kKeys, S::kThreads>(v_tile, plane_of<T>(p.value, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_v), tile * kKeys,
-                                        ptx::opaque(threadIdx.x));
+    const Plane<T> value = plane_of<T>(p.value, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, p.dim_v);
+    load_tile<T, D, kKeys, S::kThreads>(v_tile, value, tile * kKeys, ptx::opaque(threadIdx.x));
     ptx::cp_async_commit();
   };
 
@@ -773,8 +773,11 @@ Plan make_plan(const AttentionForwardParams& p, int rows, bool fold) {
   const double to_log2 = fold ? p.scale * kLog2E : kLog2E;
   plan.exponent.to_log2 = static_cast<float>(to_log2);
   plan.exponent.headroom = static_cast<float>(bits);
-  plan.exponent.growth = headroom ? 0.0f : static_cast<float>(std::min<double>(kLazyGrowth / to_log2, std::numeric_limits<float>::max()));
-  plan.exponent.ordinary = static_cast<float>(std::min<double>(kOrdinary / to_log2, std::numeric_limits<float>::max()));
+  const auto in_scores = [&](double log2) {
+    return static_cast<float>(std::min<double>(log2 / to_log2, std::numeric_limits<float>::max()));
+  };
+  plan.exponent.growth = headroom ? 0.0f : in_scores(kLazyGrowth);
+  plan.exponent.ordinary = in_scores(kOrdinary);
   plan.sum_scale = std::ldexp(1.0f, -bits);
   plan.kept_scale = static_cast<float>(std::ldexp(kept_scale, -bits));
   const auto even = [](int64_t n) { return n % 2 == 0; };
@@ -797,9 +800,10 @@ void run(const AttentionForwardParams& p, bool fold) {
   const Plan plan = make_plan(p, S::kRows, fold);
   launch("attention_forward_kernel", attention_forward_kernel<S>, blocks_of(p, plan), dim3(S::kThreads), S::kSharedBytes,
          p.stream, p, plan);
-  if (plan.parts.count > 1)
-    launch("attention_forward_combine_kernel", attention_forward_combine_kernel<typename S::T>,
-           dim3(static_cast<unsigned>(ceil_div(plan.parts.rows, kCombineThreads / 32))), dim3(kCombineThreads), 0, p.stream, p, plan);
+  if (plan.parts.count == 1) return;
+  const dim3 blocks(static_cast<unsigned>(ceil_div(plan.parts.rows, kCombineThreads / 32)));
+  launch("attention_forward_combine_kernel", attention_forward_combine_kernel<typename S::T>, blocks, dim3(kCombineThreads), 0,
+         p.stream, p, plan);
 }
 
 template <typename T, int HEAD_DIM>
