@@ -7,7 +7,7 @@ import fastattn
 from fastattn import Mask, dispatch
 from fastattn.testing import Case, TermSpec, WeightsCase, check_attention, check_loss, check_weights, random_loss_cases
 from fastattn.testing.adapters import own_target
-from fastattn.testing.cases import TERM_KINDS
+from fastattn.testing.cases import TERM_KINDS, random_case
 from fastattn.testing.checks import FAIL
 from fastattn.testing.runner import verify
 
@@ -101,6 +101,10 @@ def test_masked_losses(index):
 
 def test_random_problems():
     verify("triton", 4, seed=23, small=True).raise_on_failure()
+
+
+def test_probabilities_that_float16_holds_only_once_dropout_has_scaled_them():
+    assert_passes(check_attention(own_target("triton"), random_case(29, 117, small=True)))
 
 
 @pytest.mark.slow
