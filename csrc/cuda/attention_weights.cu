@@ -14,10 +14,11 @@
 // No two blocks add to the same number, and every sum has its order: two runs are bitwise equal.
 //
 // What streams past lies in two stages of shared memory (one for float32 of 256 columns): the next tile arrives by cp.async
-// while this one is multiplied. Shared KiB, 16-bit / float32: head dim 64: 41 / 81, 128: 65 / 129, 256: 113 / 145; forward
-// 32 / 64, 64 / 128, 128 / 144. Registers: sums D / 2, scores 32. Bytes for a tile pair and head: 2 (64 x D) elements from L2,
-// 64 FLOP a byte of a 16-bit type at most: bound by L2, about a quarter of the tensor cores' rate. W is written once, 64
-// elements a row.
+// while this one is multiplied.
+//     shared KiB, 16-bit / float32   head dim 64: 41 / 81   128: 65 / 129   256: 113 / 145   forward 32 / 64, 64 / 128, 128 / 128
+//     registers                      155 to 255, of which sums D / 2 and scores 32
+// Bytes for a tile pair and head: 2 (64 x D) elements from L2, 32 FLOP a byte of a 16-bit type: bound by L2, about a fifth of
+// the tensor cores' rate. W is written once.
 //
 // No leak: P and dS of dead pairs are selected, whatever NaN they hold; rows of K and Q that are dead for the whole tile count as
 // zeros in the second product.

@@ -179,7 +179,10 @@ void test_random_losses() {
       if (p.size[3] == 40000) p.size[0] = p.size[1] = p.size[2] = mask_size[0] = mask_size[1] = mask_size[2] = 1;
     }
     int64_t cells = 1;
-    for (int d = 3; d >= 0; --d) {
+    int mask_order[] = {0, 1, 2, 3};
+    if (random.chance(0.3)) std::swap(mask_order[random.integer(0, 3)], mask_order[random.integer(0, 3)]);
+    for (int n = 3; n >= 0; --n) {
+      const int d = mask_order[n];
       p.mask_stride[d] = mask_size[d] > 1 ? cells : 0;
       cells *= mask_size[d];
     }
