@@ -9,7 +9,8 @@
 // Backward, from the gradient dW of W with lse held for an input of its own, dS = P dW:
 //     attention_weights_dq_kernel     owns 64 queries of a head, walks live key tiles:   dQ += dS K, dlse -= row sums of dS
 //     attention_weights_dk_kernel     owns 64 keys of a key head, walks its query heads and their live query tiles: dK += dS^T Q
-//     attention_weights_dbias_kernel  owns 64 x 64 elements of the bias, adds up what it is broadcast to, in order
+//     attention_weights_dbias_kernel  owns 64 x 64 elements of the bias, adds up what it is broadcast to, in order; or a share
+//                                     of that, and attention_weights_dbias_sum_kernel adds the shares in order
 // The factor 1 / (H (1 - dropout p)) multiplies the sums: dS is rounded to 16 bits without it, far from the small end of float16.
 // No two blocks add to the same number, and every sum has its order: two runs are bitwise equal.
 //
@@ -575,16 +576,18 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dk_kernel(const FASTATTN_GRID_CON
                           static_cast<float>(p.scale) * a.factor, j0, thread);
 }
 
-// The bias gradient's own shape, and what each of its elements is broadcast to.
-struct BiasShape {
+// The bias gradient's own shape, and what each of its elements is broadcast to. Where few tiles have much to add up, `splits`
+// blocks share a tile, and a second kernel adds their sums in order.
+struct BiasPlan {
   bool own[4];            // the bias has this dimension
-  int64_t heads, tiles_q, tiles_k, tiles;      // of the bias; tiles: in all
-  int64_t sum_batch, sum_heads, sum_q, sum_k;  // added up for each of them
+  int64_t heads, tiles_q, tiles_k, tiles, elements;  // of the bias; tiles: in all
+  int64_t sum_heads, sum_k, sum_tiles, pairs;        // added up for each tile: tiles of a head; tile pairs in all
+  int64_t splits, pairs_per_split;
 };
 
 template <typename T, int HEAD_DIM>
 FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a,
-                                                         const FASTATTN_GRID_CONSTANT BiasShape bias) {
+                                                         const FASTATTN_GRID_CONSTANT BiasPlan bias, float* sums) {
   FASTATTN_SHARED(shared);
   const AttentionWeightsBackwardParams& p = a.p;
   T* const query = reinterpret_cast<T*>(shared);
@@ -592,38 +595,39 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_
   T* const gradient = key + kTileElements<T, HEAD_DIM>;
   uint64_t* const words = reinterpret_cast<uint64_t*>(gradient + kTile * kTile);
   const int thread = threadIdx.x;
-  const int64_t kt = blockIdx.x % bias.tiles_k, qt = blockIdx.x / bias.tiles_k % bias.tiles_q;
-  const int64_t h0 = blockIdx.x / bias.tiles_k / bias.tiles_q % bias.heads, b0 = blockIdx.x / bias.tiles_k / bias.tiles_q / bias.heads;
+  const int64_t split = blockIdx.x % bias.splits, own = blockIdx.x / bias.splits;
+  const int64_t kt = own % bias.tiles_k, qt = own / bias.tiles_k % bias.tiles_q;
+  const int64_t h0 = own / bias.tiles_k / bias.tiles_q % bias.heads, b0 = own / bias.tiles_k / bias.tiles_q / bias.heads;
   Sums<kGroups> total;
   clear(total[0]);
-  for (int64_t n = 0; n < bias.sum_batch * bias.sum_heads; ++n) {
-    const int b = static_cast<int>(bias.own[0] ? b0 : n / bias.sum_heads), h = static_cast<int>(bias.own[1] ? h0 : n % bias.sum_heads);
-    for (int64_t t = 0; t < bias.sum_q * bias.sum_k; ++t) {
-      const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
-      const int64_t i0 = (bias.own[2] ? qt : t / bias.sum_k) * kTile, j0 = (bias.own[3] ? kt : t % bias.sum_k) * kTile;
-      const TileClass found =
-          classify(p.mask, a.summary, b, h, i0, min64(i0 + kTile, p.len_q), j0, min64(j0 + kTile, p.len_k));
-      if (found == TileClass::kEmpty) continue;  // in every thread
-      const TilePair at{b, h, static_cast<int>(i0), static_cast<int>(j0), found == TileClass::kFull && j0 + kTile <= p.len_k};
-      load_tile<T, HEAD_DIM, kTile, kThreads>(query, query_plane<T>(p, b, h), at.i0, thread);
-      load_tile<T, HEAD_DIM, kTile, kThreads>(key, key_plane<T>(p, b, h), at.j0, thread);
-      load_gradient(gradient, p, at, thread);
-      ptx::cp_async_commit();
-      if (has_words(p, at)) stage_words(words, p, a.summary, at, thread);
-      float shift[4];
-      load_shift<T>(shift, p, b, h, at.i0, thread);
-      ptx::cp_async_wait<0>();
-      __syncthreads();
-      Sums<kGroups> s;
-      multiply_scores<T, HEAD_DIM>(s, query, key, thread);
-      probabilities<T>(s, p, at, shift, words, thread);
-      score_gradients<T>(s, p, at, gradient, words, thread);
+  const int64_t last = min64(bias.pairs, (split + 1) * bias.pairs_per_split);
+  for (int64_t n = split * bias.pairs_per_split; n < last; ++n) {
+    const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
+    const int64_t t = n % bias.sum_tiles, bh = n / bias.sum_tiles;
+    const int b = static_cast<int>(bias.own[0] ? b0 : bh / bias.sum_heads), h = static_cast<int>(bias.own[1] ? h0 : bh % bias.sum_heads);
+    const int64_t i0 = (bias.own[2] ? qt : t / bias.sum_k) * kTile, j0 = (bias.own[3] ? kt : t % bias.sum_k) * kTile;
+    const TileClass found =
+        classify(p.mask, a.summary, b, h, i0, min64(i0 + kTile, p.len_q), j0, min64(j0 + kTile, p.len_k));
+    if (found == TileClass::kEmpty) continue;  // in every thread
+    const TilePair at{b, h, static_cast<int>(i0), static_cast<int>(j0), found == TileClass::kFull && j0 + kTile <= p.len_k};
+    load_tile<T, HEAD_DIM, kTile, kThreads>(query, query_plane<T>(p, b, h), at.i0, thread);
+    load_tile<T, HEAD_DIM, kTile, kThreads>(key, key_plane<T>(p, b, h), at.j0, thread);
+    load_gradient(gradient, p, at, thread);
+    ptx::cp_async_commit();
+    if (has_words(p, at)) stage_words(words, p, a.summary, at, thread);
+    float shift[4];
+    load_shift<T>(shift, p, b, h, at.i0, thread);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    Sums<kGroups> s;
+    multiply_scores<T, HEAD_DIM>(s, query, key, thread);
+    probabilities<T>(s, p, at, shift, words, thread);
+    score_gradients<T>(s, p, at, gradient, words, thread);
+    FASTATTN_UNROLL
+    for (int g = 0; g < kGroups; ++g)
       FASTATTN_UNROLL
-      for (int g = 0; g < kGroups; ++g)
-        FASTATTN_UNROLL
-        for (int e = 0; e < 4; ++e) total[0][g][e] += s[0][g][e];
-      __syncthreads();
-    }
+      for (int e = 0; e < 4; ++e) total[0][g][e] += s[0][g][e];
+    __syncthreads();
   }
 
   // Through shared memory, where a dimension that the bias has not is added up in order.
@@ -635,7 +639,8 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_
       part[row_of<T>(thread, e) * kPartPitch + column_of<T>(thread, n, e)] = total[0][n][e] * a.factor;
   __syncthreads();
   const int rows = bias.own[2] ? kTile : 1, columns = bias.own[3] ? kTile : 1;
-  const TensorRef& out = p.grad_bias;
+  const int64_t* const stride = p.grad_bias.stride;
+  float* const out = bias.splits > 1 ? sums + split * bias.elements : static_cast<float*>(p.grad_bias.ptr);
   for (int n = thread; n < rows * columns; n += kThreads) {
     const int row = n / columns, column = n % columns;
     const int64_t i = bias.own[2] ? qt * kTile + row : 0, j = bias.own[3] ? kt * kTile + column : 0;
@@ -643,8 +648,17 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_
     float sum = 0.0f;
     for (int r = row; r < (bias.own[2] ? row + 1 : kTile); ++r)
       for (int c = column; c < (bias.own[3] ? column + 1 : kTile); ++c) sum += part[r * kPartPitch + c];
-    static_cast<float*>(out.ptr)[b0 * out.stride[0] + h0 * out.stride[1] + i * out.stride[2] + j * out.stride[3]] = sum;
+    out[b0 * stride[0] + h0 * stride[1] + i * stride[2] + j * stride[3]] = sum;
   }
+}
+
+// grad_bias = the sums of the splits, in order.
+FASTATTN_KERNEL(kThreads) attention_weights_dbias_sum_kernel(float* grad_bias, const float* sums, int64_t elements, int64_t splits) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (n >= elements) return;
+  float sum = 0.0f;
+  for (int64_t split = 0; split < splits; ++split) sum += sums[split * elements + n];
+  grad_bias[n] = sum;
 }
 
 // ---- host ----
@@ -673,19 +687,24 @@ dim3 blocks_of(int64_t blocks, const char* operation) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-BiasShape bias_shape(const AttentionWeightsBackwardParams& p) {
-  BiasShape shape;
-  for (int d = 0; d < 4; ++d) shape.own[d] = p.grad_bias.stride[d] != 0;
-  const int64_t tiles_q = ceil_div(p.len_q, kTile), tiles_k = ceil_div(p.len_k, kTile);
-  shape.heads = shape.own[1] ? p.heads_q : 1;
-  shape.tiles_q = shape.own[2] ? tiles_q : 1;
-  shape.tiles_k = shape.own[3] ? tiles_k : 1;
-  shape.tiles = (shape.own[0] ? p.batch : 1) * shape.heads * shape.tiles_q * shape.tiles_k;
-  shape.sum_batch = shape.own[0] ? 1 : p.batch;
-  shape.sum_heads = shape.own[1] ? 1 : p.heads_q;
-  shape.sum_q = shape.own[2] ? 1 : tiles_q;
-  shape.sum_k = shape.own[3] ? 1 : tiles_k;
-  return shape;
+BiasPlan make_bias_plan(const AttentionWeightsBackwardParams& p) {
+  constexpr int64_t kBlocks = 256;  // enough for the multiprocessors; the same everywhere, as the order of the sums depends on it
+  BiasPlan plan{};
+  if (!p.grad_bias) return plan;
+  for (int d = 0; d < 4; ++d) plan.own[d] = p.grad_bias.stride[d] != 0;
+  const int64_t tiles_q = ceil_div(p.len_q, kTile), tiles_k = ceil_div(p.len_k, kTile), batch = plan.own[0] ? p.batch : 1;
+  plan.heads = plan.own[1] ? p.heads_q : 1;
+  plan.tiles_q = plan.own[2] ? tiles_q : 1;
+  plan.tiles_k = plan.own[3] ? tiles_k : 1;
+  plan.tiles = batch * plan.heads * plan.tiles_q * plan.tiles_k;
+  plan.elements = batch * plan.heads * (plan.own[2] ? p.len_q : 1) * (plan.own[3] ? p.len_k : 1);
+  plan.sum_heads = plan.own[1] ? 1 : p.heads_q;
+  plan.sum_k = plan.own[3] ? 1 : tiles_k;
+  plan.sum_tiles = (plan.own[2] ? 1 : tiles_q) * plan.sum_k;
+  plan.pairs = (plan.own[0] ? 1 : p.batch) * plan.sum_heads * plan.sum_tiles;
+  plan.splits = max64(1, min64(plan.pairs, kBlocks / max64(plan.tiles, 1)));
+  plan.pairs_per_split = ceil_div(plan.pairs, plan.splits);
+  return plan;
 }
 
 }  // namespace
@@ -707,7 +726,10 @@ void attention_weights(const AttentionWeightsParams& p) {
   });
 }
 
-int64_t attention_weights_backward_workspace(const AttentionWeightsBackwardParams& p) { return mask_summary_bytes(p); }
+int64_t attention_weights_backward_workspace(const AttentionWeightsBackwardParams& p) {
+  const BiasPlan bias = make_bias_plan(p);
+  return mask_summary_bytes(p) + (bias.splits > 1 ? bias.splits * bias.elements * static_cast<int64_t>(sizeof(float)) : 0);
+}
 
 void attention_weights_backward(const AttentionWeightsBackwardParams& p) {
   const char* const name = "attention_weights_backward";
@@ -724,12 +746,17 @@ void attention_weights_backward(const AttentionWeightsBackwardParams& p) {
       launch("attention_weights_dk_kernel", attention_weights_dk_kernel<T, kDim>, blocks_of(blocks, name), dim3(kThreads), kBytes,
              p.stream, arguments, static_cast<unsigned>(tiles_k));
     if (!p.grad_bias) return;
-    const BiasShape bias = bias_shape(p);
+    const BiasPlan bias = make_bias_plan(p);
     if (bias.tiles == 0) return;
+    float* const sums = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + mask_summary_bytes(p));
     constexpr int kBiasBytes = (2 * kTileElements<T, kDim> + kTile * kTile) * static_cast<int>(sizeof(T)) + kTile * 8;
     static_assert(kBiasBytes >= kTile * kPartPitch * 4, "the sums fit where the tiles were");
-    launch("attention_weights_dbias_kernel", attention_weights_dbias_kernel<T, kDim>, blocks_of(bias.tiles, name), dim3(kThreads),
-           kBiasBytes, p.stream, arguments, bias);
+    launch("attention_weights_dbias_kernel", attention_weights_dbias_kernel<T, kDim>, blocks_of(bias.tiles * bias.splits, name),
+           dim3(kThreads), kBiasBytes, p.stream, arguments, bias, sums);
+    if (bias.splits > 1)
+      launch("attention_weights_dbias_sum_kernel", attention_weights_dbias_sum_kernel,
+             blocks_of(ceil_div(bias.elements, kThreads), name), dim3(kThreads), 0, p.stream,
+             static_cast<float*>(p.grad_bias.ptr), sums, bias.elements, bias.splits);
   });
 }
 
