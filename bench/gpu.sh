@@ -21,12 +21,14 @@ RESULTS=${1:-${OUT:-bench/results}}
 STEPS=${STEPS:-verify tests sanitize bench}
 mkdir -p "$RESULTS"
 RESULTS=$(cd "$RESULTS" && pwd)
-export PYTHONUNBUFFERED=1 FASTATTN_CUDA=${FASTATTN_CUDA:-on}
+export PYTHONUNBUFFERED=1
+WANTED=${FASTATTN_CUDA:-on}
+unset FASTATTN_CUDA # of the tests that build
 BACKENDS="cuda triton"
-[[ $FASTATTN_CUDA == off ]] && BACKENDS=triton
+[[ $WANTED == off ]] && BACKENDS=triton
 
 rm -f .site/.stamp # built for whatever FASTATTN_CUDA said then
-make setup PYTHON="$PYTHON"
+FASTATTN_CUDA=$WANTED make setup PYTHON="$PYTHON"
 run() { PYTHONPATH="$PWD/.site" PYTHONSAFEPATH=1 "$PYTHON" "$@"; }
 
 run -c 'import torch; assert torch.cuda.is_available(), "torch sees no GPU"; print(torch.cuda.get_device_name())'

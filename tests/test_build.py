@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,7 +279,7 @@ def test_installs_and_runs_without_a_compiler(tmp_path: Path) -> None:
     for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"):
         shutil.copy(ROOT / file, source / file)
     empty.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("CXX", "FASTATTN_CUDA")}
     environment["PATH"] = str(empty)
     build = [sys.executable, "setup.py", "build", "--build-lib", str(library)]
     done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True, timeout=120)
@@ -299,3 +302,96 @@ print(fastattn.explain(q, q, q).chosen)
     assert Path(path).is_relative_to(library)
     assert "without its compiled library" in failure
     assert chosen == "reference"
+
+
+@pytest.fixture
+def build_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """The names of setup.py, which does not build anything here."""
+    setuptools = pytest.importorskip("setuptools", reason="setuptools, the build backend, is not installed here")
+    monkeypatch.setattr(setuptools, "setup", lambda **options: None)
+    for name in ("FASTATTN_CUDA", "FASTATTN_CUDA_ARCHS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    # Its functions look each other up among these names: replacing one replaces it for all.
+    yield runpy.run_path(str(ROOT / "setup.py"))["wants_cuda"].__globals__
+
+
+@pytest.mark.parametrize("setting", ["auto", "on", "off", ""])
+@pytest.mark.parametrize("nvcc", ["/usr/bin/nvcc", None])
+@pytest.mark.parametrize("gpus", [[], [75], [90]])
+def test_when_the_cuda_library_is_built(
+    build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, setting: str, nvcc: str | None, gpus: list[int]
+) -> None:
+    monkeypatch.setitem(build_script, "find_nvcc", lambda: nvcc)
+    monkeypatch.setitem(build_script, "gpu_capabilities", lambda: gpus)
+    monkeypatch.setenv("FASTATTN_CUDA", setting)
+    if setting == "on" and nvcc is None:
+        with pytest.raises(RuntimeError, match="FASTATTN_CUDA=on needs nvcc"):
+            build_script["wants_cuda"]()
+        return
+    expected = {"on": True, "off": False}.get(setting, nvcc is not None and gpus == [90])
+    assert build_script["wants_cuda"]() == expected
+
+
+def test_a_wrong_setting_is_refused(build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTATTN_CUDA", "yes")
+    with pytest.raises(ValueError, match="FASTATTN_CUDA must be auto, on or off, got 'yes'"):
+        build_script["wants_cuda"]()
+
+
+@pytest.mark.parametrize(
+    "gpus, asked, expected",
+    [
+        ([], "", [80, 90]),
+        ([90], "", [90]),
+        ([80, 90, 90], "", [80, 90]),
+        ([75, 89], "", [89]),
+        ([121], "", [90]),  # later than this nvcc: the PTX of the last one it knows
+        ([90], "8.0;9.0", [80, 90]),
+        ([], "86 80", [80, 86]),
+    ],
+    ids=str,
+)
+def test_the_architectures_that_are_compiled_for(
+    build_script: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    gpus: list[int],
+    asked: str,
+    expected: list[int],
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nfor number in 75 80 86 89 90; do echo compute_$number; done\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setitem(build_script, "gpu_capabilities", lambda: gpus)
+    monkeypatch.setenv("FASTATTN_CUDA_ARCHS", asked)
+    assert build_script["cuda_architectures"](str(nvcc)) == expected
+
+
+@pytest.mark.parametrize("setting", ["auto", "on"])
+def test_a_failing_nvcc_costs_the_cuda_library_alone(
+    build_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    from setuptools import Distribution
+
+    monkeypatch.setenv("FASTATTN_CUDA", setting)
+    monkeypatch.setitem(build_script, "find_nvcc", lambda: "/usr/bin/nvcc")
+    monkeypatch.setitem(build_script, "cuda_architectures", lambda nvcc: [90])
+    command = build_script["BuildNative"](Distribution({"name": "fastattn"}))
+    command.ensure_finalized()
+    built = []
+
+    def build_module(ext: Any, name: str, options: list[str]) -> None:
+        if name == "cuda":
+            assert "-DFASTATTN_CUDA_ARCHITECTURES=90" in options
+            raise subprocess.CalledProcessError(1, "cmake")
+        built.append(ext.name)
+
+    monkeypatch.setattr(command, "build_module", build_module)
+    for name in ("fastattn._native", "fastattn._cuda"):
+        extension = build_script["Extension"](name, sources=[])
+        if setting == "on" and name == "fastattn._cuda":
+            with pytest.raises(subprocess.CalledProcessError):
+                command.build_extension(extension)
+        else:
+            command.build_extension(extension)
+    assert built == ["fastattn._native"]
