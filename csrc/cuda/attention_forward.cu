@@ -30,7 +30,8 @@
 // first.
 //
 // float32, in full precision on the ordinary cores: a block of 256 threads owns 64 rows; a thread computes 4 x 4 scores and
-// 4 x 4 outputs of each 64 columns; K and V stream through two buffers of 64 keys x 64 columns.
+// 4 x 4 outputs of each 64 columns; K and V stream through two buffers of 64 keys x 64 columns. 128 registers and two blocks an
+// SM at D = 64, up to 212 and one block above.
 //
 // The shift is subtracted from a score before the product with c: the difference is exactly 0 at the maximum however large
 // the scores are, and lse is exactly the score of a row's only key. Any number near the maximum serves as shift as long as P,
@@ -545,7 +546,7 @@ FASTATTN_DEVICE float4 load_vector(const float* at) { return *reinterpret_cast<c
 
 // Thread (ty, tx) of 16 x 16 owns rows 4 ty .. +4 and, of the keys, tx + 16 n, of the columns, 4 tx .. +4 of every 64.
 template <int HEAD_DIM>
-FASTATTN_KERNEL(kFloatThreads, 1)
+FASTATTN_KERNEL(kFloatThreads, HEAD_DIM <= 64 ? 2 : 1)
 attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardParams p, const FASTATTN_GRID_CONSTANT Plan plan) {
   constexpr int kParts = HEAD_DIM / kColumns;
   FASTATTN_SHARED(shared);
@@ -553,32 +554,26 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
   float* const buffers = q_tile + kFloatRows * HEAD_DIM;   // 2 x [64][64]
   float* const probabilities = buffers + 2 * kKeys * kColumns;  // [64][kProbabilityPitch]
 
-  const int thread = threadIdx.x, lane = thread % 32, tx = thread % 16, ty = thread / 16;
   const BlockPosition at = block_position<kFloatRows>(p, plan);
-  const int warp_row0 = at.row0 + thread / 32 * 8, row0 = at.row0 + ty * 4;
-  const Plane<float> key = plane_of<float>(p.key, at.b, at.h_kv, p.len_k, p.dim_qk);
-  const Plane<float> value = plane_of<float>(p.value, at.b, at.h_kv, p.len_k, p.dim_v);
-  const uint64_t seed = plan.has_dropout ? dropout_seed(p.dropout) : 0;
 
   // Columns part * 64 .. +64 of a tile of K or V.
   int buffer = 0;  // that the next copy goes to
-  const auto load_part = [&](const Plane<float>& x, int j0, int part) {
-    Plane<float> columns = x;
+  const auto load_part = [&](const TensorRef& x, int64_t dim, int j0, int part) {
+    Plane<float> columns = plane_of<float>(x, ptx::opaque(at.b), ptx::opaque(at.h_kv), p.len_k, dim);
     columns.ptr += part * kColumns;
     columns.columns -= part * kColumns;
-    load_tile<float, kColumns, kKeys, kFloatThreads>(buffers + buffer * kKeys * kColumns, columns, j0, thread);
+    load_tile<float, kColumns, kKeys, kFloatThreads>(buffers + buffer * kKeys * kColumns, columns, j0, ptx::opaque(threadIdx.x));
     ptx::cp_async_commit();
     buffer ^= 1;
   };
 
   KeyTiles<kFloatRows, kKeys> tiles(p.mask, plan.summary, at.b, at.h, at.row0, p.len_q, p.len_k);
   int tile = 0;
-  bool full = false;
-  bool more = tiles.next(tile, full);
+  bool full = false, more = tiles.next(tile, full);
   if (more) {
     load_tile<float, HEAD_DIM, kFloatRows, kFloatThreads>(q_tile, plane_of<float>(p.query, at.b, at.h, p.len_q, p.dim_qk),
-                                                          at.row0, thread);
-    load_part(key, tile * kKeys, 0);
+                                                          at.row0, threadIdx.x);
+    load_part(p.key, p.dim_qk, tile * kKeys, 0);
   }
 
   float out[kParts][4][4] = {}, row_max[4], row_sum[4];
@@ -586,11 +581,13 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
   for (int r = 0; r < 4; ++r) row_max[r] = kMinusInf, row_sum[r] = 0.0f;
 
   while (more) {
-    const int j0 = tile * kKeys;
+    const int thread = ptx::opaque(threadIdx.x), lane = thread % 32, tx = thread % 16, ty = thread / 16;
+    const int row0 = at.row0 + ty * 4, j0 = tile * kKeys;
     const bool partial = !full;
     uint64_t word = 0, any = ~uint64_t{0};
     if (partial) {
-      word = row_word(p.mask, plan.summary, at.b, at.h, warp_row0 + lane % 8, j0, p.len_k);
+      word = row_word(p.mask, plan.summary, ptx::opaque(at.b), ptx::opaque(at.h), at.row0 + thread / 32 * 8 + lane % 8, j0,
+                      p.len_k);
       any = warp_or(word);
     }
 
@@ -600,8 +597,8 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
       ptx::cp_async_wait<0>();
       __syncthreads();  // this part has arrived, and nobody reads the other buffer any more
       const float* const k = buffers + (buffer ^ 1) * kKeys * kColumns;
-      if (part + 1 < kParts) load_part(key, j0, part + 1);
-      else load_part(value, j0, 0);
+      if (part + 1 < kParts) load_part(p.key, p.dim_qk, j0, part + 1);
+      else load_part(p.value, p.dim_v, j0, 0);
 #pragma unroll 4
       for (int chunk = 0; chunk < kColumns / 4; ++chunk) {
         float4 x[4];
@@ -657,7 +654,7 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
         for (int d = 0; d < 4; ++d) out[part][r][d] *= factor;
       if (plan.has_dropout) {
         // Lane tx draws for the keys 4 tx .. +4 of this row; ballot w holds the bits of the keys 4 tx + w.
-        const PhiloxBlock block = philox4x32(seed, static_cast<uint32_t>(j0 / 4 + tx), static_cast<uint32_t>(i),
+        const PhiloxBlock block = philox4x32(dropout_seed(p.dropout), static_cast<uint32_t>(j0 / 4 + tx), static_cast<uint32_t>(i),
                                              static_cast<uint32_t>(at.h), static_cast<uint32_t>(at.b));
         uint32_t kept = 0;
 #pragma unroll
@@ -674,16 +671,15 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
     }
     __syncwarp();  // a warp reads only its own rows of P
 
-    const int next_from = j0;
     more = tiles.next(tile, full);
-    const bool holes = partial && any != bits_before(p.len_k, next_from);
+    const bool holes = partial && any != bits_before(p.len_k, j0);
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       ptx::cp_async_wait<0>();
       __syncthreads();
       const float* const v = buffers + (buffer ^ 1) * kKeys * kColumns;
-      if (part + 1 < kParts) load_part(value, next_from, part + 1);
-      else if (more) load_part(key, tile * kKeys, 0);
+      if (part + 1 < kParts) load_part(p.value, p.dim_v, j0, part + 1);
+      else if (more) load_part(p.key, p.dim_qk, tile * kKeys, 0);
 #pragma unroll 2
       for (int j = 0; j < kKeys; j += 4) {
         float4 x[4];
@@ -707,6 +703,7 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
     __syncwarp();  // P is overwritten by the next tile
   }
 
+  const int tx = threadIdx.x % 16, row0 = at.row0 + threadIdx.x / 16 * 4;
   const Plane<float> result = plane_of<float>(p.out, at.b, at.h, p.len_q, p.dim_v);
   float* const lse = static_cast<float*>(p.lse.ptr) + (at.b * p.heads_q + at.h) * p.len_q;
 #pragma unroll
