@@ -327,7 +327,8 @@ attention_weights_kernel(const FASTATTN_GRID_CONSTANT AttentionWeightsParams p, 
   T* const stages = reinterpret_cast<T*>(shared);  // [stages]{Q, K}
   uint64_t* const words = reinterpret_cast<uint64_t*>(stages + kStages<T, HEAD_DIM> * kStage);
   const int thread = threadIdx.x;
-  const unsigned item = blockIdx.x / tiles_k, bh = item / tiles_q, heads_out = p.average_heads ? 1 : static_cast<unsigned>(p.heads_q);
+  const unsigned heads_out = p.average_heads ? 1 : static_cast<unsigned>(p.heads_q);
+  const unsigned item = blockIdx.x / tiles_k, bh = item / tiles_q;
   const int b = bh / heads_out, first = bh % heads_out, last = p.average_heads ? static_cast<int>(p.heads_q) : first + 1;
   const int i0 = static_cast<int>(item % tiles_q) * kTile, j0 = static_cast<int>(blockIdx.x % tiles_k) * kTile;
   const int64_t i1 = min64(i0 + kTile, p.len_q), j1 = min64(j0 + kTile, p.len_k);
@@ -604,7 +605,8 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_
   for (int64_t n = split * bias.pairs_per_split; n < last; ++n) {
     const int thread = ptx::opaque(static_cast<int>(threadIdx.x));
     const int64_t t = n % bias.sum_tiles, bh = n / bias.sum_tiles;
-    const int b = static_cast<int>(bias.own[0] ? b0 : bh / bias.sum_heads), h = static_cast<int>(bias.own[1] ? h0 : bh % bias.sum_heads);
+    const int b = static_cast<int>(bias.own[0] ? b0 : bh / bias.sum_heads);
+    const int h = static_cast<int>(bias.own[1] ? h0 : bh % bias.sum_heads);
     const int64_t i0 = (bias.own[2] ? qt : t / bias.sum_k) * kTile, j0 = (bias.own[3] ? kt : t % bias.sum_k) * kTile;
     const TileClass found =
         classify(p.mask, a.summary, b, h, i0, min64(i0 + kTile, p.len_q), j0, min64(j0 + kTile, p.len_k));
@@ -653,7 +655,8 @@ FASTATTN_KERNEL(kThreads, 1) attention_weights_dbias_kernel(const FASTATTN_GRID_
 }
 
 // grad_bias = the sums of the splits, in order.
-FASTATTN_KERNEL(kThreads) attention_weights_dbias_sum_kernel(float* grad_bias, const float* sums, int64_t elements, int64_t splits) {
+FASTATTN_KERNEL(kThreads) attention_weights_dbias_sum_kernel(float* grad_bias, const float* sums, int64_t elements,
+                                                             int64_t splits) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= elements) return;
   float sum = 0.0f;
@@ -735,7 +738,8 @@ void attention_weights_backward(const AttentionWeightsBackwardParams& p) {
   const char* const name = "attention_weights_backward";
   const int64_t tiles_q = ceil_div(p.len_q, kTile), tiles_k = ceil_div(p.len_k, kTile);
   const double share = p.average_heads ? static_cast<double>(max64(p.heads_q, 1)) : 1.0;
-  const BackwardArguments arguments{p, prepare_mask(p, p.workspace, p.stream), static_cast<float>(1.0 / (share * (1.0 - p.dropout.p)))};
+  const BackwardArguments arguments{p, prepare_mask(p, p.workspace, p.stream),
+                                    static_cast<float>(1.0 / (share * (1.0 - p.dropout.p)))};
   dispatch(p, name, [&](auto type, auto dim) {
     using T = decltype(type);
     constexpr int kDim = decltype(dim)::value, kBytes = BackwardTiles<T, kDim>::kBytes;

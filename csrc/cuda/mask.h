@@ -270,8 +270,8 @@ FASTATTN_DEVICE bool next_tile(uint32_t& live, uint32_t& full, int& first, int l
 template <int BM, int BN>
 class KeyTiles {
  public:
-  FASTATTN_DEVICE_MEMBER KeyTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t i0, int64_t len_q,
-                           int64_t len_k)
+  FASTATTN_DEVICE_MEMBER KeyTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t i0,
+                                  int64_t len_q, int64_t len_k)
       : mask_(mask), summary_(summary), b_(static_cast<int>(b)), h_(static_cast<int>(h)), i0_(static_cast<int>(i0)),
         i1_(static_cast<int>(min64(i0 + BM, len_q))), len_k_(len_k) {
     const KeyInterval keys = key_range(mask, b, i0_, i1_, len_k);
@@ -310,7 +310,7 @@ template <int BM, int BN>
 class QueryTiles {
  public:
   FASTATTN_DEVICE_MEMBER QueryTiles(const MaskParams& mask, const MaskSummary& summary, int64_t b, int64_t h, int64_t j0,
-                             int64_t len_q, int64_t len_k)
+                                    int64_t len_q, int64_t len_k)
       : mask_(mask), summary_(summary), b_(b), h_(h), j0_(j0), j1_(min64(j0 + BN, len_k)), len_q_(len_q) {
     const KeyInterval rows = query_range(mask, b, j0_, j1_, len_q);
     first_ = static_cast<int>(rows.first / BM);

@@ -313,7 +313,8 @@ FASTATTN_DEVICE int count_bytes(uint32_t x) {
 }
 
 // Cells that count, one number a block. Also clears the counter of finished blocks.
-FASTATTN_KERNEL(kThreads) masked_loss_count_kernel(const FASTATTN_GRID_CONSTANT MaskCells mask, int64_t* counts, uint32_t* blocks_done) {
+FASTATTN_KERNEL(kThreads) masked_loss_count_kernel(const FASTATTN_GRID_CONSTANT MaskCells mask, int64_t* counts,
+                                                   uint32_t* blocks_done) {
   FASTATTN_SHARED(shared);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -392,7 +393,8 @@ FASTATTN_KERNEL(kThreads, 2) masked_loss_normalized_kernel(const FASTATTN_GRID_C
   constexpr int VECTOR = kVector<T>;
   const int lane = threadIdx.x % 32;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t cells = lines.line_vectors.size / lines.cell_vectors.size, cell_rows = lines.outer2.size / lines.rows_per_cell.size;
+  const int64_t cells = lines.line_vectors.size / lines.cell_vectors.size;
+  const int64_t cell_rows = lines.outer2.size / lines.rows_per_cell.size;
   const int64_t columns = lines.cell_vectors.size, vectors = lines.channels * lines.rows_per_cell.size * columns;
   const double elements = static_cast<double>(vectors * VECTOR), scale = known_scale(sums);
   double total = 0.0;
@@ -632,7 +634,8 @@ void masked_loss(const MaskedLossParams& p) {
     return;
   }
   for (const int64_t size : p.size)
-    if (size > kMaxSize) throw std::invalid_argument("masked_loss: a dimension of " + std::to_string(size) + " elements is over 2^31");
+    if (size > kMaxSize)
+      throw std::invalid_argument("masked_loss: a dimension of " + std::to_string(size) + " elements is over 2^31");
   const Plan plan = make_plan(p);
   Sums sums;
   if (is_sum) {
