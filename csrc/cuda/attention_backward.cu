@@ -3,6 +3,7 @@
 //     delta   = rowsum(dO O) - dlse                     attention_backward_delta.cu
 //     dQ      one block a query tile                    attention_backward_dq.cu
 //     dK, dV  one block a key tile                      attention_backward_dkv.cu
+//     dQ, dK, dV of up to 256 keys, one block a head    attention_backward_short.cu
 //     dbias   one block a tile of the bias              attention_backward_dbias.cu
 // P = e^(scale Q K^T + bias - lse) is computed anew by each, so dQ, dK and dV together take seven products of a tile pair in the
 // place of five; a single walk would add dQ with atomics, in no fixed order. float32 problems: attention_backward_float32.cu.
@@ -86,8 +87,12 @@ void attention_backward_portable(const AttentionBackwardParams& params) {
   if (params.query.dtype == DType::kFloat32) {
     attention_backward_float32(arguments, plan);
   } else {
-    attention_backward_dq(arguments);
-    attention_backward_dkv(arguments);
+    if (is_short(params)) {
+      attention_backward_short(arguments);
+    } else {
+      attention_backward_dq(arguments);
+      attention_backward_dkv(arguments);
+    }
     attention_backward_dbias(arguments, plan);
   }
   if (partial)

@@ -39,6 +39,9 @@ BiasPlan make_bias_plan(const AttentionBackwardParams& p);
 // Each launches one kernel. 16-bit problems:
 void attention_backward_dq(const BackwardArguments& arguments);
 void attention_backward_dkv(const BackwardArguments& arguments);
+// dQ, dK and dV of short sequences at once, in the place of the two above.
+bool is_short(const AttentionParams& p);
+void attention_backward_short(const BackwardArguments& arguments);
 void attention_backward_dbias(const BackwardArguments& arguments, const BiasPlan& plan);
 // and float32, all of them:
 void attention_backward_float32(const BackwardArguments& arguments, const BiasPlan& plan);
@@ -161,6 +164,49 @@ FASTATTN_DEVICE uint32_t transposed_dropout(const ScoreTerms& terms, int64_t i0,
   // Lane `query + 8 (key / 4)` drew for the pair.
   const uint32_t of_pair = of_word >> (lane / 16 * 8 + lane % 4 * 2);
   return (of_pair & 3) | (of_pair >> 16 & 3) << 8;
+}
+
+// One fragment row of S^T, [16 keys at j0, 8 N queries at i0]: s = K Q^T becomes P^T after dropout but for its factor, ds = V dO^T
+// the gradient of the scores. `states` holds shift and delta of the queries, `bits` a half word of mask bits for each query, WORDS
+// mask words apart, and bit `first_bit` is key j0. Selected, never multiplied, as above.
+template <bool MASKED, bool GENERAL, int WORDS, int N>
+FASTATTN_DEVICE void transposed_gradients(float (&s)[N][4], float (&ds)[N][4], const float2* states, const uint32_t* bits,
+                                          int first_bit, const ScoreTerms& terms, float scale_log2, int i0, int j0, int lane) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    const int column = n * 8 + lane % 4 * 2;
+    const float4 state = *reinterpret_cast<const float4*>(states + column);
+    const float shift[2] = {state.x, state.z}, delta[2] = {state.y, state.w};
+    uint32_t allowed[2] = {};
+    if constexpr (MASKED) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) allowed[r] = bits[(column + r) * WORDS * 2] >> (first_bit + lane / 4);
+    }
+    [[maybe_unused]] uint32_t kept = ~0u;
+    if constexpr (GENERAL) {
+      if (terms.has_dropout) kept = transposed_dropout(terms, i0 + n * 8, j0, lane);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int half = e / 2, r = e % 2;
+      float x = s[n][e] * scale_log2, gradient = ds[n][e];
+      if constexpr (GENERAL) {
+        if (terms.has_bias) x += terms.bias(i0 + column + r, j0 + half * 8 + lane / 4) * static_cast<float>(kLog2E);
+      }
+      float probability = ptx::ex2(x - shift[r]);
+      if constexpr (MASKED) probability = allowed[r] >> (half * 8) & 1 ? probability : 0.0f;
+      float dropped = probability;
+      if constexpr (GENERAL) {
+        const bool keep = kept >> (half * 8 + r) & 1;
+        dropped = keep ? probability : 0.0f;
+        gradient = keep ? gradient * terms.kept_scale : 0.0f;
+      }
+      gradient = probability * (gradient - delta[r]);
+      if constexpr (MASKED) gradient = allowed[r] >> (half * 8) & 1 ? gradient : 0.0f;
+      s[n][e] = dropped;
+      ds[n][e] = gradient;
+    }
+  }
 }
 
 }  // namespace fastattn::cuda

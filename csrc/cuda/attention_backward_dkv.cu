@@ -26,7 +26,7 @@ struct Shape {
   static constexpr int kKeys = HEAD_DIM <= 128 ? 128 : 64;  // BN
   static constexpr int kThreads = kKeys / 16 * 32;
   static constexpr int kRows = 64;
-  static constexpr int kStep = HEAD_DIM == 128 && GENERAL ? 32 : 64;
+  static constexpr int kStep = GENERAL && (HEAD_DIM == 96 || HEAD_DIM == 128) ? 32 : 64;  // queries multiplied at once
   static constexpr int kStages = HEAD_DIM <= 192 ? 2 : 1;
   static constexpr bool kSplit = HEAD_DIM > 128;
   static constexpr int kWords = kKeys / 64;
@@ -100,42 +100,9 @@ attention_backward_dkv_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) 
         clear(ds[0]);
         multiply_transposed<T, HEAD_DIM>(s, key, warp_key, q, step, lane);
         if constexpr (kWantsKey) multiply_transposed<T, HEAD_DIM>(ds, value, warp_key, d_out, step, lane);
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-          const int column = step + n * 8 + lane % 4 * 2;
-          const float4 state = *reinterpret_cast<const float4*>(states + stage * S::kRows + column);
-          const float shift[2] = {state.x, state.z}, delta[2] = {state.y, state.w};
-          uint32_t allowed[2] = {};
-          if constexpr (kMasked) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) allowed[e] = bits[(column + e) * S::kWords * 2] >> (warp_key % 32 + lane / 4);
-          }
-          [[maybe_unused]] uint32_t kept = ~0u;
-          if constexpr (GENERAL) {
-            if (terms.has_dropout) kept = transposed_dropout(terms, tile * S::kRows + step + n * 8, j0 + warp_key, lane);
-          }
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int half = e / 2, r = e % 2;
-            float x = s[0][n][e] * scale_log2, gradient = ds[0][n][e];
-            if constexpr (GENERAL) {
-              const int64_t i = static_cast<int64_t>(tile) * S::kRows + column + r, j = j0 + warp_key + half * 8 + lane / 4;
-              if (terms.has_bias) x += terms.bias(i, j) * static_cast<float>(kLog2E);
-            }
-            float probability = ptx::ex2(x - shift[r]);
-            if constexpr (kMasked) probability = allowed[r] >> (half * 8) & 1 ? probability : 0.0f;
-            float dropped = probability;
-            if constexpr (GENERAL) {
-              const bool keep = kept >> (half * 8 + r) & 1;
-              dropped = keep ? probability : 0.0f;  // times kept_scale in the end
-              gradient = keep ? gradient * terms.kept_scale : 0.0f;
-            }
-            gradient = probability * (gradient - delta[r]);
-            if constexpr (kMasked) gradient = allowed[r] >> (half * 8) & 1 ? gradient : 0.0f;
-            s[0][n][e] = dropped;
-            ds[0][n][e] = gradient;
-          }
-        }
+        transposed_gradients<kMasked, GENERAL, S::kWords>(s[0], ds[0], states + stage * S::kRows + step, bits + step * S::kWords * 2,
+                                                          warp_key % 32, terms, scale_log2, tile * S::kRows + step, j0 + warp_key,
+                                                          lane);
         if constexpr (kWantsValue) multiply_registers<T, HEAD_DIM, kMasked>(grad_value, s, d_out, step, lane, live_rows >> step);
         if constexpr (kWantsKey) multiply_registers<T, HEAD_DIM, kMasked>(grad_key, ds, q, step, lane, live_rows >> step);
       }

@@ -12,7 +12,7 @@
 //      96      128  1   64     2        96          48 + 32 + 32
 //     128      128  1   64     2       128          64 + 32 + 32
 //     192       64  1   64     2       144          96 + 32 + 32
-//     256       64  1   64     1       128         128 + 32 + 32
+//     256       64  1   32     1       128         128 + 16 + 16
 #include "attention_backward.h"
 
 namespace fastattn::cuda {
@@ -24,7 +24,7 @@ struct Shape {
   static constexpr int kFragments = HEAD_DIM <= 64 ? 2 : 1;  // M: rows of fragments of a warp
   static constexpr int kThreads = kRows / (16 * kFragments) * 32;
   static constexpr int kKeys = 64;
-  static constexpr int kStep = kFragments == 2 ? 32 : 64;  // keys multiplied at once
+  static constexpr int kStep = kFragments == 2 || HEAD_DIM == 256 ? 32 : 64;  // keys multiplied at once
   static constexpr int kStages = HEAD_DIM <= 192 ? 2 : 1;
   static constexpr int kMinBlocks = kFragments;
   static constexpr int kSharedBytes = 2 * HEAD_DIM * (2 * kRows + kStages * 2 * kKeys);

@@ -110,10 +110,12 @@ inline Gradients define(const AttentionBackwardParams& p) {
   return g;
 }
 
-inline void compare_gradients(const AttentionBackwardParams& p, const Gradients& found, const Gradients& want) {
+// `roundings` to the dtype on the way of a number: one of the result, and one more where the probabilities and the gradients of
+// the scores are rounded before they are multiplied.
+inline void compare_gradients(const AttentionBackwardParams& p, const Gradients& found, const Gradients& want, int roundings) {
   const DType dtype = p.query.dtype;
   const double accumulated = dtype == DType::kFloat64 ? 1e-12 : 1e-4;
-  const double rounded = dtype == DType::kBFloat16 ? 5e-3 : dtype == DType::kFloat16 ? 8e-4 : accumulated;
+  const double rounded = dtype == DType::kBFloat16 ? roundings * 5e-3 : dtype == DType::kFloat16 ? roundings * 8e-4 : accumulated;
   const int64_t query[] = {p.batch, p.heads_q, p.len_q, p.dim_qk}, key[] = {p.batch, p.heads_kv, p.len_k, p.dim_qk},
                 value[] = {p.batch, p.heads_kv, p.len_k, p.dim_v}, bias[] = {p.batch, p.heads_q, p.len_q, p.len_k};
   compare(found.query.ref, want.query.ref, query, rounded);
