@@ -9,11 +9,11 @@
 // two barriers a tile. A short sequence costs nothing extra: with one tile there is nothing to prefetch.
 //
 //     head dim         rows a warp   warps   BM    Q + K + V       registers a thread, sm_80 / 90 / 100: none spilled
-//     32 .. 128        32            4       128   16 .. 64 KiB    153 .. 255: O takes D, S 64 of them
+//     32 .. 128        32            4       128   16 .. 64 KiB    152 .. 255: O takes D, S 64 of them
 //     192, 256         16            4       64    72, 96 KiB      200 .. 241: O takes D / 2
 //     the same, with bias, dropout, an unusual scale or L <= 64:
-//     32 .. 256        16            4       64    12 .. 96 KiB    126 .. 255
-//     with L <= 16     16 for all    4       16    9 .. 72 KiB     101 .. 243; each warp takes 16 keys of a tile
+//     32 .. 256        16            4       64    12 .. 96 KiB    120 .. 255
+//     with L <= 16     16 for all    4       16    9 .. 72 KiB     78 .. 223; each warp takes 16 keys of a tile
 // The sums of the four warps of the last kind are merged at the end. Few rows of few heads (decoding) share out the keys of a
 // row over blocks as well, and a second kernel adds up the parts.
 //
