@@ -41,13 +41,18 @@ INSTRUCTIONS = {
 }
 
 # These take seconds; the others minutes.
-QUICK = {"attention_backward_delta", "mask_tiles", "attention_backward_hopper_dq"}
+QUICK = {
+    *("attention_backward", "attention_backward_delta", "attention_backward_hopper", "attention_backward_hopper_dkv"),
+    *("attention_backward_hopper_dq", "attention_backward_hopper_short", "attention_forward_hopper", "mask_tiles"),
+    *("masked_loss", "platform"),
+}
 
 
 def problems():
     for source in sorted(FOLDER.glob("*.cu")):
         for architecture in ("90a",) if "hopper" in source.stem else ("80", "90a", "100"):
-            yield pytest.param(source, architecture, marks=() if source.stem in QUICK else pytest.mark.slow)
+            quick = source.stem in QUICK and architecture != "100"
+            yield pytest.param(source, architecture, marks=() if quick else pytest.mark.slow)
 
 
 @cache
@@ -118,7 +123,7 @@ def compiled(source, architecture):
     return report.read_text(), cubin
 
 
-@pytest.mark.parametrize("source, architecture", problems(), ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize("source, architecture", list(problems()), ids=lambda value: getattr(value, "stem", value))
 def test_sources_compile(source, architecture):
     if find_nvcc() is None:
         pytest.skip("no nvcc, on PATH or in CUDA_HOME or /usr/local/cuda")
