@@ -1,23 +1,24 @@
 // dQ, dK and dV of 16-bit problems with at most 256 keys and head dims up to 64: a block owns a key head with all of its keys, so
 // S and dP are computed once, five products in the place of seven, and K, V, Q and dO are read once.
 //
-// A warp owns 32 keys: S^T, dP^T, dV and dK as in attention_backward_dkv.cu, in steps of 16 queries. dS^T then goes through
+// A warp of 8 owns 16 or 32 keys: S^T, dP^T, dV and dK as in attention_backward_dkv.cu, in steps of 16 queries. dS^T then goes through
 // shared memory, and dQ [64, 64] = dS K is divided over the warps by 16 queries and by columns; it leaves through the rows
 // of Q, which nobody reads any more. Q and dO (64 queries) have two stages.
-//   KEYS   warps   shared KiB   registers of fragments (dK + dV + S + dP)
-//    128      4         82        64 + 64 + 16 + 16
-//    256      8        132        64 + 64 + 16 + 16
+//   KEYS   keys of a warp   shared KiB   registers of fragments (dK + dV + S + dP)
+//    128         16              82        32 + 32 +  8 +  8
+//    256         32             132        64 + 64 + 16 + 16
 #include "attention_backward.h"
 
 namespace fastattn::cuda {
 namespace {
 
+constexpr int kThreads = 256;
 constexpr int kDim = 64, kRows = 64, kStep = 16, kStages = 2;
 constexpr int kTile = kRows * kDim;
 
 template <int KEYS>
 struct Shape {
-  static constexpr int kThreads = KEYS;  // a warp for 32 keys
+  static constexpr int kFragments = KEYS / 128;  // M: rows of fragments of a warp
   static constexpr int kWords = KEYS / 64;
   // K, V; stages of Q, dO; dS^T; shift and delta; mask words
   static constexpr int kSharedBytes =
@@ -25,10 +26,10 @@ struct Shape {
 };
 
 template <typename T, int KEYS, bool GENERAL>
-FASTATTN_KERNEL(Shape<KEYS>::kThreads, 1)
+FASTATTN_KERNEL(kThreads, 1)
 attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a) {
   using S = Shape<KEYS>;
-  constexpr int M = 2, N = kStep / 8;
+  constexpr int M = S::kFragments, N = kStep / 8;
   FASTATTN_SHARED(shared);
   T* const key = reinterpret_cast<T*>(shared);  // [KEYS][64]
   T* const value = key + KEYS * kDim;           // [KEYS][64]
@@ -39,12 +40,12 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
   uint64_t* const words = reinterpret_cast<uint64_t*>(states + kRows);        // [64][KEYS / 64]
 
   const AttentionBackwardParams& p = a.p;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_key = warp * 32;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warp_key = warp * 16 * M;
   const unsigned heads = static_cast<unsigned>(p.heads_kv);
   const int b = blockIdx.x / heads, h_kv = blockIdx.x % heads, group = static_cast<unsigned>(p.heads_q) / heads;
   const int len_k = static_cast<int>(p.len_k), tiles = static_cast<int>((p.len_q + kRows - 1) / kRows);
-  load_tile<T, kDim, KEYS, S::kThreads>(key, plane_of<T>(p.key, b, h_kv, p.len_k, p.dim_qk), 0, thread);
-  load_tile<T, kDim, KEYS, S::kThreads>(value, plane_of<T>(p.value, b, h_kv, p.len_k, p.dim_v), 0, thread);
+  load_tile<T, kDim, KEYS, kThreads>(key, plane_of<T>(p.key, b, h_kv, p.len_k, p.dim_qk), 0, thread);
+  load_tile<T, kDim, KEYS, kThreads>(value, plane_of<T>(p.value, b, h_kv, p.len_k, p.dim_v), 0, thread);
 
   const float scale_log2 = static_cast<float>(p.scale * kLog2E);
   float grad_key[M][kDim / 8][4], grad_value[M][kDim / 8][4];
@@ -54,8 +55,8 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
   // Query tiles of all the query heads, in order.
   const auto load_rows = [&](int item, int stage) {
     const int h = h_kv * group + item / tiles, i0 = item % tiles * kRows;
-    load_tile<T, kDim, kRows, S::kThreads>(query + stage * kTile, plane_of<T>(p.query, b, h, p.len_q, p.dim_qk), i0, thread);
-    load_tile<T, kDim, kRows, S::kThreads>(grad_out + stage * kTile, plane_of<T>(p.grad_out, b, h, p.len_q, p.dim_v), i0, thread);
+    load_tile<T, kDim, kRows, kThreads>(query + stage * kTile, plane_of<T>(p.query, b, h, p.len_q, p.dim_qk), i0, thread);
+    load_tile<T, kDim, kRows, kThreads>(grad_out + stage * kTile, plane_of<T>(p.grad_out, b, h, p.len_q, p.dim_v), i0, thread);
   };
   const int items = group * tiles;
   if (items) load_rows(0, 0);
@@ -69,7 +70,7 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
       const int64_t at = (static_cast<int64_t>(b) * p.heads_q + h) * p.len_q + i0 + thread;
       states[thread] = thread < rows ? make_float2(a.shift[at], a.delta[at]) : make_float2(INFINITY, 0.0f);
     }
-    for (int n = thread; n < kRows * S::kWords; n += S::kThreads)
+    for (int n = thread; n < kRows * S::kWords; n += kThreads)
       words[n] = row_word(p.mask, a.summary, b, h, i0 + n / S::kWords, n % S::kWords * 64, p.len_k);
     ptx::cp_async_wait<0>();
     __syncthreads();
@@ -80,11 +81,13 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
     const ScoreTerms terms(p, b, h);
     const auto multiply = [&](auto masked) {
       constexpr bool kMasked = decltype(masked)::value;
-      const uint32_t* const bits = reinterpret_cast<const uint32_t*>(words) + warp;  // of this warp's 32 keys
+      // The bits of this warp's keys, in the half words of their 64.
+      const uint32_t* const bits = reinterpret_cast<const uint32_t*>(words) + warp_key / 32;
       uint64_t live_rows = 0;
       if constexpr (kMasked) {
-        const uint64_t low = __ballot_sync(~0u, bits[lane * S::kWords * 2] != 0);
-        live_rows = low | uint64_t{__ballot_sync(~0u, bits[(lane + 32) * S::kWords * 2] != 0)} << 32;
+        const uint32_t own = M == 2 ? ~0u : 0xffffu << warp_key % 32;
+        const uint64_t low = __ballot_sync(~0u, (bits[lane * S::kWords * 2] & own) != 0);
+        live_rows = low | uint64_t{__ballot_sync(~0u, (bits[(lane + 32) * S::kWords * 2] & own) != 0)} << 32;
       }
 #pragma unroll 1
       for (int step = 0; step < rows; step += kStep) {
@@ -96,8 +99,9 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
           multiply_transposed<T, kDim>(ds, value, warp_key, d_out, step, lane);
 #pragma unroll
           for (int m = 0; m < M; ++m)
-            transposed_gradients<kMasked, GENERAL, S::kWords>(s[m], ds[m], states + step, bits + step * S::kWords * 2, m * 16, terms,
-                                                              scale_log2, i0 + step, warp_key + m * 16, lane);
+            transposed_gradients<kMasked, GENERAL, S::kWords>(s[m], ds[m], states + step, bits + step * S::kWords * 2,
+                                                              warp_key % 32 + m * 16, terms, scale_log2, i0 + step,
+                                                              warp_key + m * 16, lane);
           multiply_registers<T, kDim, kMasked>(grad_value, s, d_out, step, lane, live_rows >> step);
           multiply_registers<T, kDim, kMasked>(grad_key, ds, q, step, lane, live_rows >> step);
         }
@@ -113,12 +117,12 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
       }
     };
     // Only the warp of the last keys needs a mask in a full tile; the warps behind it have nothing that is used.
-    if (full && warp_key + 32 <= len_k) multiply(std::false_type{});
+    if (full && warp_key + 16 * M <= len_k) multiply(std::false_type{});
     else if (warp_key < len_k) multiply(std::true_type{});
     __syncthreads();
 
-    // dQ: the warps divide 4 row groups of 16 queries, and the columns where there are 8 warps.
-    constexpr int kParts = S::kThreads / 32 / (kRows / 16), kColumns = kDim / 8 / kParts;  // fragments of a part
+    // dQ: the warps divide 4 row groups of 16 queries, and two halves of the columns.
+    constexpr int kParts = kThreads / 32 / (kRows / 16), kColumns = kDim / 8 / kParts;  // fragments of a part
     const int row0 = warp % (kRows / 16) * 16, part = warp / (kRows / 16) * kColumns;
     if (row0 < rows) {
       float grad_query[kColumns][4];
@@ -159,7 +163,7 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
       }
     }
     __syncthreads();
-    store_tile<T, kDim, kRows, S::kThreads>(plane_of<T>(p.grad_query, b, h, p.len_q, p.dim_qk), q, i0, thread);
+    store_tile<T, kDim, kRows, kThreads>(plane_of<T>(p.grad_query, b, h, p.len_q, p.dim_qk), q, i0, thread);
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // K has been read, and where there are no queries has arrived
@@ -178,7 +182,7 @@ attention_backward_short_kernel(const FASTATTN_GRID_CONSTANT BackwardArguments a
 template <typename T, int KEYS, bool GENERAL>
 void start(const BackwardArguments& a) {
   launch("attention_backward_short_kernel", attention_backward_short_kernel<T, KEYS, GENERAL>,
-         dim3(static_cast<unsigned>(a.p.batch * a.p.heads_kv)), dim3(Shape<KEYS>::kThreads), Shape<KEYS>::kSharedBytes, a.p.stream, a);
+         dim3(static_cast<unsigned>(a.p.batch * a.p.heads_kv)), dim3(kThreads), Shape<KEYS>::kSharedBytes, a.p.stream, a);
 }
 
 template <typename T, bool GENERAL>
