@@ -1,15 +1,16 @@
-// Attention backward for every GPU from sm_80 on (Dao 2023, "FlashAttention-2", algorithm 2), deterministic: no two blocks add to
-// the same number, and every sum has a fixed order.
+// Attention backward for every GPU from sm_80 on (Dao 2023, "FlashAttention-2", algorithm 2), deterministic: no two
+// blocks add to the same number, and every sum has a fixed order.
 //     delta   = rowsum(dO O) - dlse                     attention_backward_delta.cu
 //     dQ      one block a query tile                    attention_backward_dq.cu
 //     dK, dV  one block a key tile                      attention_backward_dkv.cu
 //     dQ, dK, dV of up to 256 keys, one block a head    attention_backward_short.cu
 //     dbias   one block a tile of the bias              attention_backward_dbias.cu
-// P = e^(scale Q K^T + bias - lse) is computed anew by each, so dQ, dK and dV together take seven products of a tile pair in the
-// place of five; a single walk would add dQ with atomics, in no fixed order. float32 problems: attention_backward_float32.cu.
+// P = e^(scale Q K^T + bias - lse) is computed anew by each, so dQ, dK and dV together take seven products of a tile
+// pair in the place of five; a single walk would add dQ with atomics, in no fixed order. float32 problems:
+// attention_backward_float32.cu.
 //
-// A pair that is not attended gets P = 0 and dS = 0 by selection. What is summed over and is dead for a whole tile (keys in dQ,
-// queries in dK and dV) counts as zeros in the product, because 0 * NaN is NaN.
+// A pair that is not attended gets P = 0 and dS = 0 by selection. What is summed over and is dead for a whole tile
+// (keys in dQ, queries in dK and dV) counts as zeros in the product, because 0 * NaN is NaN.
 #include "attention_backward.h"
 
 #include "attention_backward_delta.h"

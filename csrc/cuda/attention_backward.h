@@ -1,8 +1,9 @@
 // What the kernels of the portable attention backward share (attention_backward.cu tells how they divide the work).
 //
-// The kernels of 16-bit problems keep the scores of a warp in mma fragments (tile.h). A warp of the dq and the dbias kernel owns
-// query rows, [16 M queries, 64 keys] of S = Q K^T; a warp of the dkv kernel owns keys, [16 M keys, queries] of S^T = K Q^T. So
-// the second product takes P and dS from registers, and what a warp adds to stays in its registers.
+// The kernels of 16-bit problems keep the scores of a warp in mma fragments (tile.h). A warp of the dq and the dbias
+// kernel owns query rows, [16 M queries, 64 keys] of S = Q K^T; a warp of the dkv kernel owns keys, [16 M keys,
+// queries] of S^T = K Q^T. So the second product takes P and dS from registers, and what a warp adds to stays in its
+// registers.
 #pragma once
 
 #include "../core/softmax.h"
@@ -20,9 +21,9 @@ struct BackwardArguments {
   float* partial;      // sums of the bias gradient, [splits, elements of the bias], or null: one split, written in place
 };
 
-// How the bias gradient is divided: a block owns a tile of the bias and adds what it is broadcast to, [batches, heads, query
-// tiles, key tiles] in this order; where few tiles have much to add, `splits` blocks share a tile, and a second kernel adds their
-// sums in order.
+// How the bias gradient is divided: a block owns a tile of the bias and adds what it is broadcast to, [batches, heads,
+// query tiles, key tiles] in this order; where few tiles have much to add, `splits` blocks share a tile, and a second
+// kernel adds their sums in order.
 struct BiasPlan {
   bool shared[4];                     // the bias broadcasts this dimension
   int64_t size[4];                    // its own shape
@@ -104,8 +105,8 @@ FASTATTN_DEVICE FragmentRows fragment_rows(const BackwardArguments& a, int64_t b
   return rows;
 }
 
-// The mask words of 16 M rows and 64 keys, of rows g and g + 8 of each fragment, made by the warp itself without a barrier.
-// Returns the keys that some row of the warp attends to.
+// The mask words of 16 M rows and 64 keys, of rows g and g + 8 of each fragment, made by the warp itself without a
+// barrier. Returns the keys that some row of the warp attends to.
 template <int M>
 FASTATTN_DEVICE uint64_t fragment_mask(uint64_t (&word)[M][2], const BackwardArguments& a, int64_t b, int64_t h, int64_t i0,
                                        int64_t j0, int lane) {
@@ -118,8 +119,9 @@ FASTATTN_DEVICE uint64_t fragment_mask(uint64_t (&word)[M][2], const BackwardArg
   return low | uint64_t{__reduce_or_sync(~0u, static_cast<uint32_t>(own >> 32))} << 32;
 }
 
-// ds = gradient of the scores of one row of fragments [16, 8 N] at (i0, j0 + step), from s = Q K^T and dp = dO V^T. In place, in
-// dp. Selected, never multiplied, by the mask, whose words start at j0: a pair that is not attended may hold NaN in both.
+// ds = gradient of the scores of one row of fragments [16, 8 N] at (i0, j0 + step), from s = Q K^T and dp = dO V^T. In
+// place, in dp. Selected, never multiplied, by the mask, whose words start at j0: a pair that is not attended may hold
+// NaN in both.
 template <bool MASKED, bool GENERAL, int N>
 FASTATTN_DEVICE void score_gradients(const float (&s)[N][4], float (&dp)[N][4], const FragmentRows& rows, const uint64_t (&word)[2],
                                      int step, const ScoreTerms& terms, float scale_log2, int64_t i0, int64_t j0, int lane) {
@@ -149,9 +151,9 @@ FASTATTN_DEVICE void score_gradients(const float (&s)[N][4], float (&dp)[N][4], 
     }
 }
 
-// What dropout keeps of S^T, for one fragment of 16 keys at j0 (a multiple of 4) and 8 queries at i0: bit e + 8 half stands for
-// key g + 8 half and query 2t + e. A Philox block covers four keys of one query: the 32 lanes draw the 32 blocks, and a ballot
-// per word is their bits.
+// What dropout keeps of S^T, for one fragment of 16 keys at j0 (a multiple of 4) and 8 queries at i0: bit e + 8 half
+// stands for key g + 8 half and query 2t + e. A Philox block covers four keys of one query: the 32 lanes draw the 32
+// blocks, and a ballot per word is their bits.
 FASTATTN_DEVICE uint32_t transposed_dropout(const ScoreTerms& terms, int64_t i0, int64_t j0, int lane) {
   const PhiloxBlock block = philox4x32(terms.seed, static_cast<uint32_t>(j0 / 4) + lane / 8, static_cast<uint32_t>(i0) + lane % 8,
                                        static_cast<uint32_t>(terms.h), static_cast<uint32_t>(terms.b));
@@ -166,9 +168,9 @@ FASTATTN_DEVICE uint32_t transposed_dropout(const ScoreTerms& terms, int64_t i0,
   return (of_pair & 3) | (of_pair >> 16 & 3) << 8;
 }
 
-// One fragment row of S^T, [16 keys at j0, 8 N queries at i0]: s = K Q^T becomes P^T after dropout but for its factor, ds = V dO^T
-// the gradient of the scores. `states` holds shift and delta of the queries, `bits` a half word of mask bits for each query, WORDS
-// mask words apart, and bit `first_bit` is key j0. Selected, never multiplied, as above.
+// One fragment row of S^T, [16 keys at j0, 8 N queries at i0]: s = K Q^T becomes P^T after dropout but for its factor,
+// ds = V dO^T the gradient of the scores. `states` holds shift and delta of the queries, `bits` a half word of mask
+// bits for each query, WORDS mask words apart, and bit `first_bit` is key j0. Selected, never multiplied, as above.
 template <bool MASKED, bool GENERAL, int WORDS, int N>
 FASTATTN_DEVICE void transposed_gradients(float (&s)[N][4], float (&ds)[N][4], const float2* states, const uint32_t* bits,
                                           int first_bit, const ScoreTerms& terms, float scale_log2, int i0, int j0, int lane) {

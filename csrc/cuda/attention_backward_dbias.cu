@@ -1,10 +1,10 @@
-// The gradient of the bias, of 16-bit problems: a block owns a tile [64 queries, 64 keys] of the bias in its own shape, and adds dS
-// of everything that the tile is broadcast to, in float32 registers and in the order of BiasPlan. Tiles that the mask leaves
-// empty are passed over.
+// The gradient of the bias, of 16-bit problems: a block owns a tile [64 queries, 64 keys] of the bias in its own shape,
+// and adds dS of everything that the tile is broadcast to, in float32 registers and in the order of BiasPlan. Tiles
+// that the mask leaves empty are passed over.
 //
-// Per tile and warp of 16 rows: S = Q K^T, dP = dO V^T [16, 64], sum += P (dP - delta). The four operands arrive by cp.async, in
-// two stages up to head dim 128: 64 KiB of shared memory at 64, 128 KiB at 128; one stage of 128 KiB at 256. Registers of
-// fragments: 32 + 32 + 32.
+// Per tile and warp of 16 rows: S = Q K^T, dP = dO V^T [16, 64], sum += P (dP - delta). The four operands arrive by
+// cp.async, in two stages up to head dim 128: 64 KiB of shared memory at 64, 128 KiB at 128; one stage of 128 KiB at
+// 256. Registers of fragments: 32 + 32 + 32.
 #include "attention_backward.h"
 #include "attention_backward_dbias.h"
 

@@ -1,4 +1,5 @@
-// The walk of a bias gradient block over what its tile is broadcast to, and its end; for 16-bit and for float32 problems.
+// The walk of a bias gradient block over what its tile is broadcast to, and its end; for 16-bit and for float32
+// problems.
 #pragma once
 
 #include "attention_backward.h"
@@ -67,8 +68,8 @@ class BiasTerms {
 inline constexpr int kBiasSumStride = kBiasTile + 1;
 inline constexpr int kBiasSumBytes = kBiasTile * kBiasSumStride * static_cast<int>(sizeof(float));
 
-// Writes the block's sums [64][kBiasSumStride] to its part of the bias gradient; those of a shared dimension are added up first,
-// in order. Pairs beyond the ends hold 0. The caller has met at a barrier.
+// Writes the block's sums [64][kBiasSumStride] to its part of the bias gradient; those of a shared dimension are added
+// up first, in order. Pairs beyond the ends hold 0. The caller has met at a barrier.
 template <int THREADS>
 FASTATTN_DEVICE void store_bias_tile(const BackwardArguments& a, const BiasPlan& plan, float* sums, int thread) {
   int64_t own = blockIdx.x % plan.own_tiles;

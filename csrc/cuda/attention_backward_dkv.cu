@@ -1,10 +1,11 @@
-// dK and dV of 16-bit problems: a block owns BN keys and walks their live query tiles, of all the query heads that share them in
-// order, so nobody else adds to its sums.
+// dK and dV of 16-bit problems: a block owns BN keys and walks their live query tiles, of all the query heads that
+// share them in order, so nobody else adds to its sums.
 //
-// Per warp of 16 keys and STEP queries of a tile: S^T = K Q^T and dP^T = V dO^T [16, STEP], P^T, dS^T = P^T (dP^T - delta),
-// dV += P^T dO, dK += dS^T Q. K, V, Q and dO lie in shared memory, Q and dO (64 queries) in two stages: the next tile arrives by
-// cp.async while this one is multiplied. dK and dV stay in registers and leave through the rows of K and V, which no other warp
-// reads. Above head dim 128 the sums of one warp would fill its registers: dK and dV are then two launches.
+// Per warp of 16 keys and STEP queries of a tile: S^T = K Q^T and dP^T = V dO^T [16, STEP], P^T, dS^T = P^T (dP^T -
+// delta), dV += P^T dO, dK += dS^T Q. K, V, Q and dO lie in shared memory, Q and dO (64 queries) in two stages: the
+// next tile arrives by cp.async while this one is multiplied. dK and dV stay in registers and leave through the rows of
+// K and V, which no other warp reads. Above head dim 128 the sums of one warp would fill its registers: dK and dV are
+// then two launches.
 //   HEAD_DIM    BN  STEP  stages  shared KiB   fragment registers (dK + dV + S + dP)
 //      32      128   64     2        34           16 +  16 + 32 + 32
 //      64      128   64     2        66           32 +  32 + 32 + 32
@@ -12,8 +13,9 @@
 //     128      128   64     2       130           64 +  64 + 32 + 32
 //     192       64   64     2       146           96            + 32 + 32
 //     256       64   64     1       130          128            + 32 + 32
-// With a bias or dropout STEP is 32 from head dim 96 on. Two rows of fragments a warp would halve the reads of Q and dO, but from head dim 64 on only steps of 16 queries fit the
-// registers beside their sums, which takes the gain away again.
+// With a bias or dropout STEP is 32 from head dim 96 on. Two rows of fragments a warp would halve the reads of Q and
+// dO, but from head dim 64 on only steps of 16 queries fit the registers beside their sums, which takes the gain away
+// again.
 #include "attention_backward.h"
 
 namespace fastattn::cuda {

@@ -1,11 +1,11 @@
 // dQ of 16-bit problems: a block owns BM query rows and walks their live key tiles.
 //
-// Per tile, and warp of 16 M rows, and STEP keys: S = Q K^T and dP = dO V^T [16 M, STEP], dS = P (dP - delta), dQ += dS K. Q, dO,
-// K and V lie in shared memory, K and V in two stages: the next tile arrives by cp.async while this one is multiplied. dQ stays
-// in registers and leaves through the rows of Q, which no other warp reads.
+// Per tile, and warp of 16 M rows, and STEP keys: S = Q K^T and dP = dO V^T [16 M, STEP], dS = P (dP - delta), dQ += dS
+// K. Q, dO, K and V lie in shared memory, K and V in two stages: the next tile arrives by cp.async while this one is
+// multiplied. dQ stays in registers and leaves through the rows of Q, which no other warp reads.
 //
-// M = 2 halves the reads of K and V from shared memory (256 bytes of B for each m16n8k16, as many cycles as the product takes);
-// from head dim 96 on its registers do not suffice.
+// M = 2 halves the reads of K and V from shared memory (256 bytes of B for each m16n8k16, as many cycles as the product
+// takes); from head dim 96 on its registers do not suffice.
 //   HEAD_DIM    BM  M  STEP  stages  shared KiB   fragment registers (dQ + S + dP)
 //      32      128  2   32     2        32          32 + 32 + 32
 //      64      128  2   32     2        64          64 + 32 + 32

@@ -1,12 +1,14 @@
 // The attention backward of float32 problems in full precision: FMA on 64 x 64 tiles, 256 threads, 4 x 4 sums a thread.
 //
-// Two products. `multiply_transposed`: X Y^T of two times 64 rows, which pass through shared memory in chunks of 32 columns; a
-// thread has rows y + 16 r and columns x + 16 c, and reads 8 vectors of four floats for 64 FMA, without bank conflicts.
-// `multiply`: W Y with W [64, 64] in shared memory and Y in chunks of 64 columns; a thread has rows y + 16 r and four neighbouring
-// columns of each chunk. Registers: dQ, or dK and dV, take HEAD_DIM / 4 each, S and dP 16 each.
-// At head dim 256 dK and dV are two launches. Shared memory: chunks 18 KiB, P and dS 17 KiB each, mask words 0.5 KiB: 53 KiB.
+// Two products. `multiply_transposed`: X Y^T of two times 64 rows, which pass through shared memory in chunks of 32
+// columns; a thread has rows y + 16 r and columns x + 16 c, and reads 8 vectors of four floats for 64 FMA, without bank
+// conflicts. `multiply`: W Y with W [64, 64] in shared memory and Y in chunks of 64 columns; a thread has rows y + 16 r
+// and four neighbouring columns of each chunk. Registers: dQ, or dK and dV, take HEAD_DIM / 4 each, S and dP 16 each.
+// At head dim 256 dK and dV are two launches. Shared memory: chunks 18 KiB, P and dS 17 KiB each, mask words 0.5 KiB:
+// 53 KiB.
 //
-// scale S is rounded before lse is subtracted: where one key takes all of a row, P is exactly 1, however large the scores are.
+// scale S is rounded before lse is subtracted: where one key takes all of a row, P is exactly 1, however large the
+// scores are.
 #include "attention_backward.h"
 #include "attention_backward_dbias.h"
 
@@ -37,7 +39,8 @@ FASTATTN_DEVICE Shared carve(unsigned char* shared) {
   return s;
 }
 
-// to [64][STRIDE] = columns column0 .. + COLUMNS - 1 of 64 rows of x from row0; zero beyond the ends, and where `live` says no.
+// to [64][STRIDE] = columns column0 .. + COLUMNS - 1 of 64 rows of x from row0; zero beyond the ends, and where `live`
+// says no.
 template <int COLUMNS, int STRIDE, typename Live>
 FASTATTN_DEVICE void load_chunk(float* to, const Plane<float>& x, int row0, int column0, int thread, const Live& live) {
   constexpr int kLanes = COLUMNS / 4;
@@ -96,8 +99,8 @@ FASTATTN_DEVICE void multiply_transposed(float (&c)[4][4], float* chunk, const P
   }
 }
 
-// c[n][r] += row y + 16 r of `weights` [64][kWideStride] times Y, columns 64 n + 4 x .. + 3, of the rows of Y that are live. The
-// weights have been written by everybody before the first barrier in here.
+// c[n][r] += row y + 16 r of `weights` [64][kWideStride] times Y, columns 64 n + 4 x .. + 3, of the rows of Y that are
+// live. The weights have been written by everybody before the first barrier in here.
 template <int N, typename Live>
 FASTATTN_DEVICE void multiply(float (&c)[N][4][4], const float* weights, float* chunk, const Plane<float>& y, int row_y, int thread,
                               const Live& live) {

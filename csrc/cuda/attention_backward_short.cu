@@ -1,9 +1,9 @@
-// dQ, dK and dV of 16-bit problems with at most 256 keys and head dims up to 64: a block owns a key head with all of its keys, so
-// S and dP are computed once, five products in the place of seven, and K, V, Q and dO are read once.
+// dQ, dK and dV of 16-bit problems with at most 256 keys and head dims up to 64: a block owns a key head with all of
+// its keys, so S and dP are computed once, five products in the place of seven, and K, V, Q and dO are read once.
 //
-// A warp of 8 owns 16 or 32 keys: S^T, dP^T, dV and dK as in attention_backward_dkv.cu, in steps of 16 queries. dS^T then goes through
-// shared memory, and dQ [64, 64] = dS K is divided over the warps by 16 queries and by columns; it leaves through the rows
-// of Q, which nobody reads any more. Q and dO (64 queries) have two stages.
+// A warp of 8 owns 16 or 32 keys: S^T, dP^T, dV and dK as in attention_backward_dkv.cu, in steps of 16 queries. dS^T
+// then goes through shared memory, and dQ [64, 64] = dS K is divided over the warps by 16 queries and by columns; it
+// leaves through the rows of Q, which nobody reads any more. Q and dO (64 queries) have two stages.
 //   KEYS   keys of a warp   shared KiB   registers of fragments (dK + dV + S + dP)
 //    128         16              82        32 + 32 +  8 +  8
 //    256         32             132        64 + 64 + 16 + 16

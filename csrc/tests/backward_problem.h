@@ -110,8 +110,8 @@ inline Gradients define(const AttentionBackwardParams& p) {
   return g;
 }
 
-// `roundings` to the dtype on the way of a number: one of the result, and one more where the probabilities and the gradients of
-// the scores are rounded before they are multiplied.
+// `roundings` to the dtype on the way of a number: one of the result, and one more where the probabilities and the
+// gradients of the scores are rounded before they are multiplied.
 inline void compare_gradients(const AttentionBackwardParams& p, const Gradients& found, const Gradients& want, int roundings) {
   const DType dtype = p.query.dtype;
   const double accumulated = dtype == DType::kFloat64 ? 1e-12 : 1e-4;
