@@ -134,6 +134,18 @@ def test_bad_usage_is_one_line_and_exit_code_2(
     assert_usage_error(run(capsys, *arguments), *words)
 
 
+def test_emulating_needs_the_emulator(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dispatch, "CUDA_EMULATED", False)
+    monkeypatch.delenv("FASTATTN_CUDA_LIBRARY", raising=False)
+    assert_usage_error(run(capsys, "verify", "--emulate"), "--emulate", "make emulator")
+    monkeypatch.setenv("FASTATTN_CUDA_LIBRARY", "/no/such/file.so")
+    monkeypatch.setattr(dispatch, "CUDA_FAILURE", "there is no compiled module '/no/such/file.so'")
+    assert_usage_error(run(capsys, "verify", "--emulate"), "--emulate", "/no/such/file.so")
+
+
 @pytest.mark.parametrize("command", ["bench", "demo"])
 def test_a_missing_bench_extra_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
