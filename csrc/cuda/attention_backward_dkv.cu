@@ -11,7 +11,7 @@
 //      64      128   64     2        66           32 +  32 + 32 + 32
 //      96      128   64     2        98           48 +  48 + 32 + 32
 //     128      128   64     2       130           64 +  64 + 32 + 32
-//     192       64   64     2       146           96            + 32 + 32
+//     192       64   32     2       146           96            + 16 + 16
 //     256       64   64     1       130          128            + 32 + 32
 // With a bias or dropout STEP is 32 from head dim 96 on. Two rows of fragments a warp would halve the reads of Q and
 // dO, but from head dim 64 on only steps of 16 queries fit the registers beside their sums, which takes the gain away
@@ -28,7 +28,7 @@ struct Shape {
   static constexpr int kKeys = HEAD_DIM <= 128 ? 128 : 64;  // BN
   static constexpr int kThreads = kKeys / 16 * 32;
   static constexpr int kRows = 64;
-  static constexpr int kStep = GENERAL && HEAD_DIM >= 96 ? 32 : 64;  // queries multiplied at once
+  static constexpr int kStep = HEAD_DIM == 192 || (GENERAL && HEAD_DIM >= 96) ? 32 : 64;  // queries multiplied at once
   static constexpr int kStages = HEAD_DIM <= 192 ? 2 : 1;
   static constexpr bool kSplit = HEAD_DIM > 128;
   static constexpr int kWords = kKeys / 64;
