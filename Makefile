@@ -79,9 +79,9 @@ test-full: setup cpp-test sanitize race-check test-triton
 
 # The Triton kernels in Triton's interpreter, which is slow: their long walks, the contracts, random problems.
 test-triton: setup
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels -n $(JOBS) -q --full
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels -n $(JOBS) -q --full -m slow
 	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton $(PY) -m pytest tests/test_contracts.py -n $(JOBS) -q
-	$(FASTATTN) verify --backend triton --interpret --cases 150
+	$(FASTATTN) verify --backend triton --interpret --cases 10
 
 # The C++ tests, and the CUDA kernels as a Python module that executes them on the CPU.
 cpp-test: setup

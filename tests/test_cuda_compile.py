@@ -41,6 +41,8 @@ INSTRUCTIONS = {
     "attention_forward_hopper": ("HGMMA", "UTMALDG"),
     "attention_backward_hopper_dkv": ("HGMMA", "UTMALDG"),
     "attention_backward_hopper_dq": ("HGMMA", "UTMALDG"),
+    "attention_backward_hopper_short": ("HGMMA", "UTMALDG"),
+    "attention_backward_short": ("HMMA", "LDSM"),
     "masked_loss": (r"LDG\.E\.128",),
 }
 
