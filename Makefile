@@ -24,6 +24,8 @@ else
   STAMP_SOURCES := $(SOURCES)
 endif
 FASTATTN := $(PY) -m fastattn
+# Idle workers take tests from busy ones: a few tests are processes of minutes.
+PYTEST := $(PY) -m pytest -q -n $(JOBS) --dist worksteal
 CMAKE_FLAGS := -G Ninja -DFASTATTN_TESTS=ON
 # The CUDA kernels executed on the CPU, as a module for Python; torch carries pybind11's headers.
 EMULATED_FLAGS = -DFASTATTN_MODULE=emulated -DFASTATTN_MODULE_DIR=$(CURDIR)/build/emulator -DFASTATTN_MODULE_FILE=_cuda.so \
@@ -70,17 +72,17 @@ $(STAMP): .venv/.torch $(STAMP_SOURCES)
 endif
 
 test: setup lint cpp-test
-	$(PY) -m pytest tests -n $(JOBS) -q
+	$(PYTEST) tests
 
 test-full: setup cpp-test sanitize race-check test-triton
-	$(PY) -m pytest tests -n $(JOBS) -q --full -m slow
+	$(PYTEST) tests --full -m slow
 	$(FASTATTN) verify --backend cpu --cases 400 --seed 1
 	$(FASTATTN) verify --backend reference --cases 100 --seed 2
 
 # The Triton kernels in Triton's interpreter, which is slow: their long walks, the contracts, random problems.
 test-triton: setup
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/triton_kernels -n $(JOBS) -q --full -m slow
-	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton $(PY) -m pytest tests/test_contracts.py -n $(JOBS) -q
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton_kernels --full -m slow
+	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton $(PYTEST) tests/test_contracts.py
 	$(FASTATTN) verify --backend triton --interpret --cases 10
 
 # The C++ tests, and the CUDA kernels as a Python module that executes them on the CPU.
