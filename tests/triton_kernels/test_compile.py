@@ -14,7 +14,7 @@ def attend(query, key, value, bias, keep, lengths):
     return out, lse, fastattn.attention_weights(query, key, lse, **options)
 
 
-@pytest.mark.parametrize("length", [20, 270], ids=["short", "long"])
+@pytest.mark.parametrize("length", [20, pytest.param(270, marks=pytest.mark.slow)], ids=["short", "long"])
 def test_attention_in_one_graph(length):
     tensors = [torch.randn(1, heads, length, 16, requires_grad=True) for heads in (2, 1, 1)]
     tensors.append(torch.randn(2, 1, length, requires_grad=True))

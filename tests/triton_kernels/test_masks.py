@@ -95,7 +95,7 @@ def plan_kernel(
 
 
 @pytest.mark.parametrize(
-    "blocks", [(64, 64), (32, 128), *(pytest.param(b, marks=pytest.mark.slow) for b in ((16, 32), (128, 32)))], ids=str
+    "blocks", [(64, 64), *(pytest.param(b, marks=pytest.mark.slow) for b in ((32, 128), (16, 32), (128, 32)))], ids=str
 )
 @pytest.mark.parametrize("name", masks())
 def test_walks_visit_every_live_tile_and_trust_only_full_ones(name, blocks):
@@ -180,7 +180,9 @@ def dropout_kernel(out_ptr, seed_ptr, limit, heads, len_q, len_k, BLOCK_M: tl.co
 
 
 @pytest.mark.parametrize("seed", [0, 12345, 2**62 + 2**33 + 9, 2**63 - 2])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
+@pytest.mark.parametrize(
+    "p", [pytest.param(0.1, marks=pytest.mark.slow), 0.5, pytest.param(0.97, marks=pytest.mark.slow)]
+)
 def test_dropped_elements_are_equal_on_every_backend(seed, p):
     seed_tensor = torch.tensor(seed)
     expected = reference.philox_keep(seed_tensor, p, B, H, 37, 75)
