@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastattn import dispatch, masks, ops
@@ -415,8 +417,118 @@ def attention_varlen(
     A causal or window mask over sequences whose queries and keys differ in length runs sequence by sequence and has to
     know the lengths on the host: not under torch.compile. Pass one and the same tensor as both cu_seqlens there.
     """
-    tensors = {"query": query, "key": key, "value": value}
-    for name, tensor in tensors.items():
+    _check_packs(query, key, value)
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a Mask or None, got {type(mask).__name__}")
+    if mask is not None and not all(isinstance(term, masks.Band) for term in mask.terms):
+        raise ValueError(f"mask must be made of Mask.causal and Mask.window for packed sequences, got {mask!r}")
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, query)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, key)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must count the same sequences, got {tuple(cu_seqlens_q.shape)} and "
+            f"{tuple(cu_seqlens_k.shape)}"
+        )
+    out, lse = _attention_of_packs(
+        *(query, key, value, cu_seqlens_q, cu_seqlens_k),
+        mask=mask,
+        dropout_p=dropout_p,
+        scale=scale,
+        backend=backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`torch.nn.attention.varlen.varlen_attn`, with the same arguments and meaning, computed by `attention_varlen`:
+    on every device, in float32 and float64 too, for any head dims.
+
+    query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv); cu_seq_q, cu_seq_k: int32 or int64 (N + 1,), where each
+    sequence begins, and the total. max_q, max_k: at least the longest sequence's lengths. window_size (left, right): a
+    query may attend from `left` keys before its own position to `right` keys after it, negative = unlimited; the last
+    query of a sequence stands at its last key. (-1, 0) is causal. enable_gqa: Hq may be a multiple of Hkv.
+    seqused_k (N,): only the first seqused_k[n] keys of sequence n count. Gradients flow here, where torch has none.
+    block_table (N, pages): key and value are pools (total_pages, page_size, Hkv, D), and block_table[n] lists the pages
+    of sequence n, seqused_k[n] keys long; cu_seq_k is not read. The keys in use are gathered into a packed copy first.
+    num_splits: 1 runs each sequence alone, so that its numbers are bitwise the same whatever the others are. Any other
+    value is only about speed, and the choice is made here.
+
+    Returns out (Tq, Hq, Dv), and when return_aux.lse is true also lse (Hq, Tq) float32, which is differentiable. A
+    query without keys gets 0 and lse -inf.
+
+    block_table, num_splits=1, and a window over sequences whose queries and keys differ in length need the lengths on
+    the host: not under torch.compile, except for causal attention with max_q = 1.
+
+    Raises ValueError or TypeError for arguments that do not fit together.
+    """
+    left, right = _check_varlen_options(max_q, max_k, return_aux, window_size, block_table, seqused_k, num_splits)
+    if block_table is not None:
+        heads = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else None
+    else:
+        heads = key.shape[1] if isinstance(key, Tensor) and key.dim() == 3 else None
+    if heads is not None and isinstance(query, Tensor) and query.dim() == 3:
+        if not enable_gqa and query.shape[1] != heads:
+            raise ValueError(
+                "query and key/value must have the same number of heads, got "
+                f"Hq={query.shape[1]} and Hkv={heads}; enable_gqa=True shares each key/value head out"
+            )
+        if not _divides(heads, query.shape[1]):
+            raise ValueError(
+                f"the heads of query must be a multiple of the heads of key and value, got Hq={query.shape[1]} and "
+                f"Hkv={heads}"
+            )
+    if block_table is not None:
+        assert seqused_k is not None
+        key, value, cu_seq_k = _gather_pages(query, key, value, block_table, seqused_k)
+        seqused_k = None
+    _check_packs(query, key, value)
+    if cu_seq_k is None:
+        raise ValueError("cu_seq_k must be given: it may be None with block_table alone")
+    starts_q = _check_cu_seqlens("cu_seq_q", cu_seq_q, query)
+    starts_k = _check_cu_seqlens("cu_seq_k", cu_seq_k, key)
+    if cu_seq_q.shape != cu_seq_k.shape:
+        raise ValueError(
+            f"cu_seq_q and the key lengths must count the same sequences, got {cu_seq_q.shape[0] - 1} and "
+            f"{cu_seq_k.shape[0] - 1}"
+        )
+    if seqused_k is not None:
+        _check_seqused(seqused_k, cu_seq_k, starts_k)
+    for name, longest, starts in (("max_q", max_q, starts_q), ("max_k", max_k, starts_k)):
+        found = max(_differences(starts), default=0) if starts is not None else 0
+        if found > longest and not (name == "max_k" and seqused_k is not None):
+            raise ValueError(f"{name} must be at least the longest sequence, {found}, got {longest}")
+    if left is None and right is not None and max_q == 1:
+        right = None  # the one query of a sequence stands at its last key
+    out, lse = _attention_of_packs(
+        *(query, key, value, cu_seq_q, cu_seq_k),
+        mask=None if left is None and right is None else Mask.window(left, right, align="bottom_right"),
+        dropout_p=0.0,
+        scale=scale,
+        backend=None,
+        used_k=seqused_k,
+        apart=num_splits == 1,
+    )
+    return (out, lse) if return_aux is not None and return_aux.lse else out
+
+
+def _check_packs(query: Any, key: Any, value: Any) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 3:
@@ -424,77 +536,207 @@ def attention_varlen(
                 f"{name} must have 3 dimensions: query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv); got "
                 f"{tuple(tensor.shape)}"
             )
-    if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask must be a Mask or None, got {type(mask).__name__}")
-    if mask is not None and not all(isinstance(term, masks.Band) for term in mask.terms):
-        raise ValueError(f"mask must be made of Mask.causal and Mask.window for packed sequences, got {mask!r}")
-    for name, cu_seqlens, total in (
-        ("cu_seqlens_q", cu_seqlens_q, query.shape[0]),
-        ("cu_seqlens_k", cu_seqlens_k, key.shape[0]),
-    ):
-        _check_cu_seqlens(name, cu_seqlens, total, query.device)
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Any, pack: Tensor) -> list[int] | None:
+    """Where the sequences of a pack (T, H, D) begin, when that can be known at no cost."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        seen = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"{name} must be an int32 or int64 tensor (N + 1,), got {seen}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != pack.device:
+        raise ValueError(f"{name} must be on the device of query, {pack.device}, got {cu_seqlens.device}")
+    # Elsewhere wrong values select wrong pairs, not wrong memory.
+    return _starts(name, cu_seqlens, pack.shape[0]) if _is_on_host(cu_seqlens) else None
+
+
+def _is_on_host(tensor: Tensor) -> bool:
+    """Whether reading its values costs no synchronisation."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+
+
+def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+    starts: list[int] = cu_seqlens.tolist()
+    if starts[0] != 0 or starts[-1] != total or min(_differences(starts), default=0) < 0:
+        raise ValueError(f"{name} must go from 0 to the number of tokens, {total}, without decreasing, got {starts}")
+    return starts
+
+
+def _differences(starts: list[int]) -> list[int]:
+    return [b - a for a, b in itertools.pairwise(starts)]
+
+
+def _check_varlen_options(
+    max_q: Any, max_k: Any, return_aux: Any, window_size: Any, block_table: Any, seqused_k: Any, num_splits: Any
+) -> tuple[int | None, int | None]:
+    """The window (left, right), None = unlimited."""
+    for name, number in (("max_q", max_q), ("max_k", max_k), ("num_splits", num_splits)):
+        if name == "num_splits" and number is None:
+            continue
+        if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
+    if num_splits is not None and num_splits < 0:
+        raise ValueError(f"num_splits must not be negative, got {num_splits}")
+    if return_aux is not None:
+        if not hasattr(return_aux, "lse"):
+            raise TypeError(f"return_aux must be an AuxRequest, with a field lse, got {type(return_aux).__name__}")
+        if getattr(return_aux, "max_scores", False):
+            raise ValueError(
+                "return_aux: lse is the one auxiliary output of packed sequences, max_scores was asked for"
+            )
+    window_size = (-1, -1) if window_size is None else tuple(window_size)
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must have length 2, got {len(window_size)}")
+    for side in window_size:
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise TypeError(f"window_size must be two ints (left, right), got {window_size}")
+    if block_table is not None and seqused_k is None:
+        raise ValueError("block_table needs seqused_k, the number of keys of each sequence")
+    left, right = (None if side < 0 else side for side in window_size)
+    return left, right
+
+
+def _check_seqused(seqused_k: Any, cu_seq_k: Tensor, starts_k: list[int] | None) -> None:
+    if not isinstance(seqused_k, Tensor) or seqused_k.dtype not in (torch.int32, torch.int64):
+        seen = seqused_k.dtype if isinstance(seqused_k, Tensor) else type(seqused_k).__name__
+        raise TypeError(f"seqused_k must be an int32 or int64 tensor (N,), got {seen}")
+    if tuple(seqused_k.shape) != (cu_seq_k.shape[0] - 1,):
+        raise ValueError(f"seqused_k must have shape (N,) = {(cu_seq_k.shape[0] - 1,)}, got {tuple(seqused_k.shape)}")
+    if seqused_k.device != cu_seq_k.device:
+        raise ValueError(f"seqused_k must be on the device of query, {cu_seq_k.device}, got {seqused_k.device}")
+    if starts_k is not None:
+        used = seqused_k.tolist()
+        if any(not 0 <= n <= length for n, length in zip(used, _differences(starts_k), strict=True)):
+            raise ValueError(
+                f"seqused_k must be between 0 and the lengths of the sequences, {_differences(starts_k)}, got {used}"
+            )
+
+
+def _gather_pages(query: Any, key: Any, value: Any, block_table: Any, seqused_k: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys and values in use (Tk, Hkv, D), out of their pools of pages, and where each sequence begins."""
+    for name, pool in (("key", key), ("value", value)):
+        if not isinstance(pool, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(pool).__name__}")
+        if pool.dim() != 4 or pool.shape[:3] != key.shape[:3]:
+            raise ValueError(
+                f"{name} must be a pool (total_pages, page_size, Hkv, D) with block_table, key and value alike; got "
+                f"{tuple(pool.shape)}"
+            )
+    for name, tensor, dims in (("block_table", block_table, 2), ("seqused_k", seqused_k, 1)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
+            seen = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be an int32 or int64 tensor, got {seen}")
+        if tensor.dim() != dims or tensor.shape[0] != block_table.shape[0]:
+            shape = "(N, pages)" if dims == 2 else "(N,)"
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if torch.compiler.is_compiling():
         raise ValueError(
-            f"cu_seqlens_q and cu_seqlens_k must count the same sequences, got {tuple(cu_seqlens_q.shape)} and "
-            f"{tuple(cu_seqlens_k.shape)}"
+            "block_table needs the key lengths on the host, so it does not go under torch.compile: gather the pages "
+            "outside, or keep each sequence's cache in one piece and pass it to attention with Mask.key_lengths"
         )
+    total_pages, page_size = key.shape[:2]
+    used, capacity = seqused_k.tolist(), block_table.shape[1] * page_size
+    if any(not 0 <= n <= capacity for n in used):
+        raise ValueError(f"seqused_k must be between 0 and what the pages of block_table hold, {capacity}, got {used}")
+    pages = [-(-n // page_size) for n in used]
+    listed = torch.cat([block_table[n, :count] for n, count in enumerate(pages)] or [block_table.flatten()])
+    if listed.numel() and not 0 <= int(listed.min()) <= int(listed.max()) < total_pages:
+        raise ValueError(f"block_table must name pages of the pool, 0 to {total_pages - 1}, got {listed.tolist()}")
+    inside = torch.arange(page_size, device=listed.device)
+    tokens = (listed.long()[:, None] * page_size + inside).split(pages)
+    index = torch.cat([rows.flatten()[:n] for rows, n in zip(tokens, used, strict=True)] or [listed.long()])
+    starts = F.pad(seqused_k.cumsum(0, dtype=torch.int64), (1, 0))
+    return key.flatten(0, 1)[index], value.flatten(0, 1)[index], starts
+
+
+# What a call of its own costs, in floating-point operations that the kernels could do meanwhile.
+_CALL_FLOPS = 1e7
+
+
+def _attention_of_packs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    *,
+    mask: Mask | None,
+    dropout_p: float,
+    scale: float | None,
+    backend: str | None,
+    used_k: Tensor | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """out (Tq, Hq, Dv) and lse (Hq, Tq) float32. used_k (N,): how many keys of each sequence count; apart: every
+    sequence in a call of its own."""
     # (T, H, D) -> (1, H, T, D)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
 
-    # Without a band there are no indices to compare; with one, those of the pack serve when both packs lie alike.
-    if mask is None or cu_seqlens_q is cu_seqlens_k or _equal_on_host(cu_seqlens_q, cu_seqlens_k):
-        segments = Mask.segments(
-            _segment_ids(cu_seqlens_q, query.shape[2], outside=-1),
-            _segment_ids(cu_seqlens_k, key.shape[2], outside=-2),
-        )
-        out, lse = _attention_with_seed(
+    def run(query: Tensor, key: Tensor, value: Tensor, mask: Mask | None) -> tuple[Tensor, Tensor]:
+        return _attention_with_seed(
             *(query, key, value),
-            mask=segments if mask is None else segments & mask,
+            mask=mask,
             bias=None,
             dropout_p=dropout_p,
             scale=scale,
             dropout_seed=_draw_seed(dropout_p, query.device),
             backend=backend,
         )
+
+    # Without a band there are no indices to compare; with one, those of the pack serve when both packs lie alike.
+    alike = mask is None or (used_k is None and (cu_q is cu_k or _equal_on_host(cu_q, cu_k)))
+    if cu_q.shape[0] == 1 or (alike and not apart and not _cheaper_apart(query, cu_q, cu_k, used_k)):
+        segments = Mask.segments(
+            _segment_ids(cu_q, query.shape[2], outside=-1),
+            _segment_ids(cu_k, key.shape[2], outside=-2, used=used_k),
+        )
+        out, lse = run(query, key, value, segments if mask is None else segments & mask)
     else:
-        starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        pieces = [
-            _attention_with_seed(
-                query[:, :, first_q:last_q],
-                key[:, :, first_k:last_k],
-                value[:, :, first_k:last_k],
-                mask=mask,
-                bias=None,
-                dropout_p=dropout_p,
-                scale=scale,
-                dropout_seed=_draw_seed(dropout_p, query.device),
-                backend=backend,
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "num_splits=1 and seqused_k with a window need the sequences' lengths on the host, so they do not go "
+                "under torch.compile"
             )
-            for first_q, last_q, first_k, last_k in zip(
-                starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True
+        lengths_q = _differences(_starts("cu_seqlens_q", cu_q, query.shape[2]))
+        lengths_k = _differences(_starts("cu_seqlens_k", cu_k, key.shape[2]))
+        if used_k is not None:  # used and unused keys in turn
+            lengths_k = [n for used, full in zip(used_k.tolist(), lengths_k, strict=True) for n in (used, full - used)]
+        step = 1 if used_k is None else 2
+        # One split for all: its backward writes every piece's gradient once, where slices would each add a whole pack.
+        pieces = [
+            run(*parts, mask)
+            for parts in zip(
+                query.split(lengths_q, 2),
+                key.split(lengths_k, 2)[::step],
+                value.split(lengths_k, 2)[::step],
+                strict=True,
             )
         ]
         out = torch.cat([piece.transpose(1, 2) for piece, _ in pieces], dim=1).transpose(1, 2)
         lse = torch.cat([piece for _, piece in pieces], dim=2)
-    out = out[0].transpose(0, 1)
-    return (out, lse[0].float()) if return_lse else out
+    return out[0].transpose(0, 1), lse[0].float()
 
 
-def _check_cu_seqlens(name: str, cu_seqlens: Any, total: int, device: torch.device) -> None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        seen = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"{name} must be an int32 or int64 tensor (N + 1,), got {seen}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(f"{name} must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"{name} must be on the device of query, {device}, got {cu_seqlens.device}")
-    # Values are checked where that costs no synchronisation. Elsewhere wrong ones select wrong pairs, not wrong memory.
-    if device.type == "cpu" and type(cu_seqlens) is Tensor and not torch.compiler.is_compiling():
-        starts = cu_seqlens.tolist()
-        if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in zip(starts, starts[1:], strict=False)):
-            raise ValueError(
-                f"{name} must go from 0 to the number of tokens, {total}, without decreasing, got {starts}"
-            )
+def _cheaper_apart(query: Tensor, cu_q: Tensor, cu_k: Tensor, used_k: Tensor | None) -> bool:
+    """Whether short queries over long keys, as in decoding, are better run one sequence at a time: in one launch the
+    sequences that share a tile of queries each see the keys of all of them."""
+    if not (_is_on_host(cu_q) and _is_on_host(cu_k) and type(query) is Tensor):
+        return False
+    lengths_q = _differences(cu_q.tolist())
+    lengths_k = _differences(cu_k.tolist()) if used_k is None else used_k.tolist()
+    rows = dispatch.BACKENDS["cpu"].tile[0]
+    together = alone = 0
+    first = 0  # the first query of the sequence
+    keys_of_tile: dict[int, int] = {}
+    for length_q, length_k in zip(lengths_q, lengths_k, strict=True):
+        alone += length_q * length_k
+        for tile in range(first // rows, -(-(first + length_q) // rows) if length_q else 0):
+            keys_of_tile[tile] = keys_of_tile.get(tile, 0) + length_k
+        first += length_q
+    together = sum(min(rows, first - tile * rows) * keys for tile, keys in keys_of_tile.items())
+    heads, dim = query.shape[1], query.shape[3]
+    return 4.0 * dim * heads * (together - alone) > _CALL_FLOPS * len(lengths_q)
 
 
 def _equal_on_host(a: Tensor, b: Tensor) -> bool:
@@ -506,11 +748,18 @@ def _equal_on_host(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
-def _segment_ids(cu_seqlens: Tensor, total: int, outside: int) -> Tensor:
-    """The sequence that each token is in, (1, total); `outside` for tokens in none."""
+def _segment_ids(cu_seqlens: Tensor, total: int, outside: int, used: Tensor | None = None) -> Tensor:
+    """The sequence that each token is in, (1, total); `outside` for tokens in none, and for those of sequence n that
+    follow its first used[n]."""
     tokens = torch.arange(total, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    ids = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
-    inside = (ids >= 0) & (ids < cu_seqlens.shape[0] - 1)
+    if used is None:
+        ids = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+        inside = (ids >= 0) & (ids < cu_seqlens.shape[0] - 1)
+    else:
+        first = cu_seqlens[:-1]
+        edges = torch.stack((first, first + used.to(first.dtype)), 1).flatten()  # used tokens follow the even ones
+        edge = torch.searchsorted(edges, tokens, right=True) - 1
+        ids, inside = edge // 2, (edge >= 0) & (edge % 2 == 0)
     return torch.where(inside, ids, outside).unsqueeze(0)
 
 
