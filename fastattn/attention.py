@@ -139,6 +139,8 @@ def _check_bias(bias: Any, query: Tensor, sizes: _Sizes) -> Tensor:
 
 def _check_scale(scale: Any, dim: int) -> float:
     if scale is None:
+        if isinstance(dim, Tensor):
+            dim = int(dim)  # a size under torch.jit.trace, whose power would come in float32
         return dim**-0.5 if dim else 1.0  # without dimensions every score is 0 whatever the scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None (1 / sqrt(D)), got {type(scale).__name__}")
