@@ -6,6 +6,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 TORCH ?= torch==2.13.0
+# The torchvision of that torch, which timm needs. Its kernels may not load beside another build of torch, so it has a
+# folder of its own, for the tests of timm alone.
+VISION ?= torchvision==0.28.0 timm
 BASE_PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 REPORT ?= bench-report
@@ -67,8 +70,14 @@ else
 	touch $@
 
 $(STAMP): .venv/.torch $(STAMP_SOURCES)
-	.venv/bin/python -m pip install --quiet --editable ".[test,bench]"
+	.venv/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test,bench]"
 	touch $@
+
+.venv/.vision: .venv/.torch
+	.venv/bin/python -m pip install --quiet --no-deps --target .venv/vision $(VISION)
+	touch $@
+
+test: .venv/.vision
 endif
 
 test: setup lint cpp-test
