@@ -31,9 +31,8 @@ try:
     from transformers.utils.output_capturing import _active_collector
 
     # Before these arguments, mask functions got the positions of the queries as a tensor.
-    if not {"q_length", "q_offset", "allow_is_causal_skip"} <= set(
-        inspect.signature(masking_utils.sdpa_mask).parameters
-    ):
+    _PARAMETERS = set(inspect.signature(masking_utils.sdpa_mask).parameters)
+    if not {"q_length", "q_offset", "allow_is_causal_skip"} <= _PARAMETERS:
         raise ImportError(f"transformers {_VERSION} makes its masks in another way")
 except ImportError as error:
     _MISSING = error
@@ -70,6 +69,7 @@ class AttentionMask(Tensor):
 
     left: int
     right: int
+    anchor: Tensor  # empty: what it is a tensor of for torch.compile where every part is None
     key_keep: Tensor | None  # bool (B|1, S)
     query_segments: Tensor | None  # int64 (B|1, L)
     key_segments: Tensor | None  # int64 (B|1, S)
@@ -81,49 +81,38 @@ class AttentionMask(Tensor):
     def __new__(
         cls: type[AttentionMask],
         shape: tuple[int, ...],
-        device: torch.device,
+        anchor: Tensor,
         left: int,
         right: int,
         key_keep: Tensor | None,
         query_segments: Tensor | None,
         key_segments: Tensor | None,
     ) -> AttentionMask:
-        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        self.left, self.right = left, right
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=anchor.device)
+        self.left, self.right, self.anchor = left, right, anchor
         self.key_keep, self.query_segments, self.key_segments = key_keep, query_segments, key_segments
         return self
 
-    def as_mask(self) -> Mask:
-        """The mask as the kernels take it."""
-        terms: list[Term] = []
-        if self.left != UNLIMITED or self.right != UNLIMITED:
-            terms.append(Band(self.left, self.right, "top_left"))
-        if self.key_keep is not None:
-            terms.append(KeyKeep(self.key_keep))
-        if self.query_segments is not None and self.key_segments is not None:
-            terms.append(Segments(self.query_segments, self.key_segments))
-        return Mask(tuple(terms))
-
     def expanded(self) -> Tensor:
         """The mask as a bool tensor (B, 1, L, S)."""
-        return self.as_mask().to_dense(*self.shape, device=self.device)
+        return _mask_of(self).to_dense(*self.shape, device=self.device)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
-        return f"AttentionMask({tuple(self.shape)}: {self.as_mask()!r})"
+        return f"AttentionMask({tuple(self.shape)}: {_mask_of(self)!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, int]]:
-        return [name for name in self._TENSORS if getattr(self, name) is not None], (self.left, self.right)
+        parts = [name for name in self._TENSORS if getattr(self, name) is not None]
+        return ["anchor", *parts], (self.left, self.right)
 
     @staticmethod
     def __tensor_unflatten__(
         tensors: dict[str, Tensor], limits: tuple[int, int], shape: tuple[int, ...], stride: tuple[int, ...]
     ) -> AttentionMask:
-        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
         parts = [tensors.get(name) for name in AttentionMask._TENSORS]
-        return AttentionMask(shape, device, *limits, *parts)
+        return AttentionMask(shape, tensors["anchor"], *limits, *parts)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -141,18 +130,18 @@ class AttentionMask(Tensor):
             return None
         mask = args[0]
         if func in (aten.detach.default, aten.alias.default, aten.clone.default):
-            return mask._with(mask.device, lambda part: part)
+            return mask._with(lambda part: part)
         if func is aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             device = torch.device(kwargs.get("device") or mask.device)
-            return mask._with(device, lambda part: part.to(device, non_blocking=kwargs.get("non_blocking", False)))
+            return mask._with(lambda part: part.to(device, non_blocking=kwargs.get("non_blocking", False)))
         if func is aten.slice.Tensor:
             return mask._sliced(*args[1:], **kwargs)
         return None
 
-    def _with(self, device: torch.device, change: Callable[[Tensor], Tensor]) -> AttentionMask:
+    def _with(self, change: Callable[[Tensor], Tensor]) -> AttentionMask:
         parts = (getattr(self, name) for name in self._TENSORS)
         changed = (None if part is None else change(part) for part in parts)
-        return AttentionMask(tuple(self.shape), device, self.left, self.right, *changed)
+        return AttentionMask(tuple(self.shape), change(self.anchor), self.left, self.right, *changed)
 
     def _sliced(
         self, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
@@ -174,7 +163,20 @@ class AttentionMask(Tensor):
             left, right = _moved(left, first), _moved(right, -first)
             parts["key_keep"] = _columns(parts["key_keep"], first, last)
             parts["key_segments"] = _columns(parts["key_segments"], first, last)
-        return AttentionMask(shape, self.device, left, right, *parts.values())
+        return AttentionMask(shape, self.anchor, left, right, *parts.values())
+
+
+def _mask_of(parts: AttentionMask) -> Mask:
+    """The mask as the kernels take it."""
+    # Not a method: Dynamo traces a method of a tensor as an operator.
+    terms: list[Term] = []
+    if parts.left != UNLIMITED or parts.right != UNLIMITED:
+        terms.append(Band(parts.left, parts.right, "top_left"))
+    if parts.key_keep is not None:
+        terms.append(KeyKeep(parts.key_keep))
+    if parts.query_segments is not None and parts.key_segments is not None:
+        terms.append(Segments(parts.query_segments, parts.key_segments))
+    return Mask(tuple(terms))
 
 
 def _moved(limit: int, by: int) -> int:
@@ -203,10 +205,10 @@ def attention_mask(
     """The mask of a forward pass, with the arguments of transformers' `sdpa_mask`.
 
     Query i stands at position q_offset + i, key j at kv_offset + j. `attention_mask` is the padding, bool
-    (B, positions). Padding alone gives (B, 1, 1, S) expanded to (B, 1, L, S); causal, sliding window, chunked and packed
-    masks, with or without padding and a cache, an `AttentionMask`. One query, mask functions of the user's own, and
-    tracing with anything but padding give the bool tensor (B, 1, L, S). None is no mask at all, or a single query that
-    sees every key.
+    (B, positions). Padding alone gives (B, 1, 1, S) expanded to (B, 1, L, S); causal, sliding window, chunked and
+    packed masks, with or without padding and a cache, an `AttentionMask`. One query, mask functions of the user's own,
+    and tracing with anything but padding give the bool tensor (B, 1, L, S). None is no mask at all, or a single query
+    that sees every key.
     """
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
@@ -237,7 +239,7 @@ def attention_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
-            q_offset=q_offset,
+            q_offset=q_offset,  # type: ignore[arg-type]  # a tensor where the cache is static
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
@@ -253,7 +255,8 @@ def attention_mask(
     if allow_is_bidirectional_skip and keep is None and unlimited:
         return None
     shape = (batch_size, 1, q_length, kv_length)
-    return AttentionMask(shape, torch.device(device), pattern.left, pattern.right, keep, *pattern.segments())
+    anchor = torch.empty(0, dtype=torch.bool, device=device)
+    return AttentionMask(shape, anchor, pattern.left, pattern.right, keep, *pattern.segments())
 
 
 @dataclass
@@ -305,7 +308,9 @@ class _Pattern:
         kind = _KINDS.get(getattr(function, "__code__", None))
         if kind is None:
             return False
-        held = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__), strict=True))
+        held = dict(
+            zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True)
+        )
         if kind == "and":
             return all(self._read(part, position_ids) for part in held["mask_functions"])
         if kind == "window":
@@ -395,7 +400,7 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    mask: Mask | Tensor | None = None
+    mask: Mask | None = None
     bias = position_bias
     if attention_mask is None:
         if is_causal and len_q > 1:
@@ -406,14 +411,15 @@ def attention_forward(
                 f"attention_mask is for {attention_mask.shape[2]} queries and {attention_mask.shape[3]} keys, got "
                 f"query {tuple(query.shape)} and key {tuple(key.shape)}"
             )
-        mask = attention_mask.as_mask()
+        mask = _mask_of(attention_mask)
     elif attention_mask.dtype == torch.bool:
         mask = Mask.dense(attention_mask)
     elif attention_mask.is_floating_point():
         bias = attention_mask if bias is None else bias + attention_mask
     else:
         raise TypeError(
-            f"attention_mask must be bool (True = may attend) or float (added to the scores), got {attention_mask.dtype}"
+            "attention_mask must be bool (True = may attend) or float (added to the scores), got "
+            f"{attention_mask.dtype}"
         )
     mask = _within_sequences(mask, len_q, len_k, kwargs)
 
@@ -441,8 +447,8 @@ def _refuse(softcap: float | None, cache: Any, kwargs: dict[str, Any]) -> None:
         )
     if cache is not None:
         raise ValueError(
-            f"cache must be None, got {type(cache).__name__}: attn_implementation='fastattn' does not read paged caches; "
-            "use 'sdpa' or 'paged|eager' for continuous batching"
+            f"cache must be None, got {type(cache).__name__}: attn_implementation='fastattn' does not read paged "
+            "caches; use 'sdpa' or 'paged|eager' for continuous batching"
         )
     for name, instead in (("head_mask", "'eager'"), ("indices", "'sdpa'"), ("block_indices", "'sdpa'")):
         if kwargs.get(name) is not None:
@@ -458,7 +464,7 @@ def _within_sequences(mask: Mask | None, len_q: int, len_k: int, kwargs: dict[st
     # With keys from a cache the mask speaks of other positions than the starts do.
     if mask is not None and len_q != len_k:
         raise ValueError(
-            f"cu_seq_lens_q must be None where the queries are not all of the keys, got {len_q} queries and {len_k} keys"
+            f"cu_seq_lens_q must be None where keys come from a cache, got {len_q} queries and {len_k} keys"
         )
     sequences = Mask.segments(_segment_ids(starts_q, len_q, outside=-1), _segment_ids(starts_k, len_k, outside=-2))
     return sequences if mask is None else mask & sequences
@@ -468,7 +474,8 @@ def _wants_weights(kwargs: dict[str, Any]) -> bool:
     if kwargs.get("output_attentions"):
         return True
     # Some attention modules do not hand the flag on. What collects the weights knows.
-    collected = _active_collector.get()
+    compiling = torch.compiler.is_compiling()  # Dynamo does not trace a context variable; this is its stand-in there
+    collected = _active_collector.global_var if compiling else _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)
 
 
@@ -510,8 +517,8 @@ def simmim_loss(outputs: Any, pixel_values: Tensor, bool_masked_pos: Tensor, pat
 
 
 def mae_loss(outputs: Any, pixel_values: Tensor, patch_size: int, *, norm_pix_loss: bool = False) -> Tensor:
-    """The loss of `ViTMAEForPreTraining`: the squared error of the masked patches, a mean over their elements (He et al.
-    2022, "Masked autoencoders are scalable vision learners", section 3).
+    """The loss of `ViTMAEForPreTraining`: the squared error of the masked patches, a mean over their elements (He et
+    al. 2022, "Masked autoencoders are scalable vision learners", section 3).
 
     Args:
         outputs: the model's outputs, with `logits` (B, patches, p * p * C) and `mask` (B, patches), 1 = masked.
