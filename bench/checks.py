@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from fastattn.bench.contenders import Bound, make_mha, mha_forward
+from fastattn.bench.contenders import Bound, make_mha, mha_forward, mha_leaves
+from fastattn.bench.models import bind_model, make_model, model_inputs, real_positions
 from fastattn.bench.workloads import (
     DROPOUT_P,
     AttentionCase,
     Case,
     LossCase,
     MhaCase,
+    ModelCase,
     attention_inputs,
     loss_inputs,
     mha_inputs,
@@ -26,6 +28,7 @@ from fastattn.testing.oracle import arithmetic_dtype, attention_oracle, loss_ora
 
 MAX_CHECKED_PAIRS = 1 << 22  # (b, h, i, j) evaluated in float64; the check looks at as many heads as that allows
 DROPOUT_SIGMAS = 6.0
+VANISHING = 1e-7  # of the largest
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Check:
             self._attention(case)
         elif isinstance(case, MhaCase):
             self._mha(case)
+        elif isinstance(case, ModelCase):
+            self._model(case)
         else:
             self._loss(case)
 
@@ -70,7 +75,7 @@ class Check:
     def judge(self, results: dict[str, Tensor], by_torch: bool = False) -> Verdict:
         """Compares the results of a contender. torch's own eager code rounds every intermediate to the tensors' dtype,
         so the noise it is allowed (``by_torch``) is that of arithmetic in this dtype."""
-        dtype = torch_dtype(self.case.dtype)
+        dtype = _computed_dtype(self.case)
         allowance = unit_roundoff(dtype) / unit_roundoff(arithmetic_dtype(dtype)) if by_torch else 1.0
         errors: dict[str, float] = {}
         messages = []
@@ -88,7 +93,9 @@ class Check:
         return Verdict(errors, "; ".join(messages))
 
     def _selected(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The heads that are judged."""
+        """What is judged: of attention some heads, of a model's output the positions of tokens."""
+        if isinstance(self.case, ModelCase):
+            return real_positions(self.case, results)
         if self.heads is None:
             return results
         assert isinstance(self.case, AttentionCase)
@@ -145,17 +152,34 @@ class Check:
         inputs = mha_inputs(case)
         module = make_mha(case).double().cpu()
         inputs.x = inputs.x.detach().double().cpu().requires_grad_(case.backward)
+        if inputs.memory is not None:
+            inputs.memory = inputs.memory.detach().double().cpu().requires_grad_(case.backward)
         inputs.grad_out = inputs.grad_out.double().cpu()
         for mask in ("key_padding_mask", "attn_mask"):
             tensor = getattr(inputs, mask)
             setattr(inputs, mask, None if tensor is None else tensor.cpu())
-        leaves = {"x": inputs.x, **dict(module.named_parameters())} if case.backward else {}
+        leaves = mha_leaves(module, case, inputs)
         self.values = Bound(mha_forward(module, case, inputs), leaves, inputs.grad_out).results()
         self.noise = self._plain_noise(self.values)
 
+    def _model(self, case: ModelCase) -> None:
+        # Norms and rotary embeddings of transformers compute in float32 whatever the model's dtype, here too.
+        model = make_model(case, "eager" if case.attentions else "sdpa").double().cpu()
+        inputs = {
+            name: x.cpu().double() if x.is_floating_point() else x.cpu() for name, x in model_inputs(case).items()
+        }
+        self.values = self._selected(bind_model(case, model, inputs).results())
+        # A gradient that is 0 but for rounding, as that of a key's bias, says nothing.
+        sizes = {name: float(value.square().mean().sqrt()) for name, value in self.values.items()}
+        largest = max(sizes.values())
+        self.values = {name: value for name, value in self.values.items() if sizes[name] > VANISHING * largest}
+        # Roundings add up from block to block, and back.
+        roundings = 0 if case.new_tokens else 2 * case.layers * (1 + case.backward)
+        self.noise = {name: roundings * noise for name, noise in self._plain_noise(self.values).items()}
+
     def _plain_noise(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """A few roundings of an element, and of a typical one where it cancels to less."""
-        u = unit_roundoff(torch_dtype(self.case.dtype))
+        u = unit_roundoff(_computed_dtype(self.case))
         return {name: 4 * u * (value.abs() + value.square().mean().sqrt()) for name, value in values.items()}
 
     def _loss(self, case: LossCase) -> None:
@@ -176,6 +200,10 @@ class Check:
         names = {"out": "loss"} | ({"dinput": "dinput"} if case.backward else {})
         self.values = {name: expected.values[source] for name, source in names.items()}
         self.noise = {name: expected.noise[source] for name, source in names.items()}
+
+
+def _computed_dtype(case: Case) -> torch.dtype:
+    return torch.bfloat16 if isinstance(case, MhaCase) and case.autocast else torch_dtype(case.dtype)
 
 
 def check_dropout(out: Tensor) -> str:

@@ -9,8 +9,8 @@ import click
 import torch
 from click.core import ParameterSource
 from fastattn.bench import compare as comparison
+from fastattn.bench import models, report, runner, simmim, suites, tables
 from fastattn.bench import records as recording
-from fastattn.bench import report, runner, simmim, suites, tables
 from fastattn.bench.contenders import OURS, Contender, user_contender
 from fastattn.bench.images import photographs, read_directory
 from fastattn.bench.records import Record
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-SUITES = ("attention", "mha", "loss", "simmim", "all")
+SUITES = ("attention", "mha", "loss", "simmim", "transformers", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDTH_WITHOUT_TERMINAL = 190
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
@@ -160,7 +160,8 @@ def bench(
 ) -> None:
     """Measure throughput, time and memory beside every peer that is there.
 
-    Every contender is checked against float64 first; one that is wrong gets no speed.
+    Every contender is checked against float64 first; one that is wrong gets no speed. The suite all leaves out
+    transformers, which needs that package.
     """
     if compared is not None:
         _compare(context, compared, tolerated)
@@ -192,6 +193,11 @@ def bench(
         plans += suites.mha_plans(quick, chosen_shapes, chosen_masks, dtype, device=device)
     if suite == "all":
         plans += suites.mha_plans(quick, dtype=dtype, device=device)
+    if suite == "transformers":
+        missing = models.why_missing()
+        if missing is not None:
+            raise click.UsageError(missing)
+        plans += suites.model_plans(quick, device)
     if suite in ("loss", "all"):
         plans += suites.loss_plans(quick, dtype, backward, device)
 
@@ -257,8 +263,8 @@ def _run_plans(
     user: Sequence[Contender],
     device: torch.device,
 ) -> list[Record]:
-    rounds = rounds or (QUICK_ROUNDS if quick else FULL_ROUNDS)
-    max_seconds = QUICK_SECONDS if quick else FULL_SECONDS
+    default_rounds = QUICK_ROUNDS if quick else FULL_ROUNDS
+    default_seconds = QUICK_SECONDS if quick else FULL_SECONDS
     sentinel = Sentinel(device)
     collected: list[Record] = []
     with _progress(console) as progress:
@@ -270,7 +276,8 @@ def _run_plans(
                 progress.update(task, description=f"{title}: {what}")
 
             mine = user if str(plan.case.describe()["suite"]) == "attention" else ()
-            found = runner.run_case(plan, sentinel, rounds, max_seconds, mine, tell)
+            wanted = rounds or plan.rounds or default_rounds
+            found = runner.run_case(plan, sentinel, wanted, plan.seconds or default_seconds, mine, tell)
             collected += found
             _print_case(console, found)
             progress.advance(task)

@@ -2,7 +2,7 @@
 
 Two runs are compared by what each measured beside itself, never in seconds: the ratios to the peers, and the share of
 the sentinel's rate. ``python -m fastattn.bench.compare --readme README.md RESULTS`` writes the measured
-table of RESULTS.
+table of RESULTS, of the suite mha or transformers into a section of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastattn.bench.records import Record
 
 TOLERATED = 0.9  # slower than this share of before is a regression
 SENTINEL = "sentinel"
-BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+OWN_SECTION = ("mha", "transformers")  # suites with a table of their own in the README
 
 
 def speeds(records: Sequence[Record]) -> dict[tuple[str, str], float]:
@@ -60,30 +60,40 @@ def markdown(records: Sequence[Record]) -> str:
     first = records[0]
     machine = f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}"
     lines = [f"`{first['command']}` on {machine}:", ""]
-    lines += ["| case | time | useful | memory | beside |", "|---|---|---|---|---|"]
+    speeds = dict.fromkeys(tables.SPEED[r["suite"]] for r in records if r["record"] == "result")
+    lines += [f"| case | time | {', '.join(speeds) or 'useful'} | memory | beside |", "|---|---|---|---|---|"]
     for ours in (r for r in records if r["record"] == "result" and r["contender"] == OURS and "time" in r):
         peers = [
             f"{r['ratio']['median']:.2f} × {r['contender']}"
             for r in records
             if r["record"] == "result" and r["title"] == ours["title"] and "ratio" in r
         ]
-        speed = tables.cell(ours, "GB/s") + " GB/s" if ours["suite"] == "loss" else tables.cell(ours, "useful")
+        speed = tables.cell(ours, tables.SPEED[ours["suite"]]) + " GB/s" * (ours["suite"] == "loss")
         time = tables.seconds(ours["time"]["median_s"])
         lines.append(f"| {ours['title']} | {time} | {speed} | {tables.cell(ours, 'memory')} | {', '.join(peers)} |")
     lines += [f"\nSimMIM: {tables.simmim_findings(r)}." for r in records if r["record"] == "simmim"]
     return "\n".join(lines)
 
 
+def marks(records: Sequence[Record]) -> tuple[str, str]:
+    """Between which marks of the README a run's table stands: those of its suite, where that has its own."""
+    suites = {r["suite"] for r in records if r["record"] == "result"}
+    own = suites.pop() if len(suites) == 1 else ""
+    name = f"measured-{own}" if own in OWN_SECTION else "measured"
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
 def write_readme(readme: Path, records: Sequence[Record]) -> None:
     """Replaces what stands between the two marks. A ValueError tells when they, or records, are not there."""
     if not records:
         raise ValueError(f"no records to write into {readme}")
+    begin, end = marks(records)
     text = readme.read_text()
-    if BEGIN not in text or END not in text.split(BEGIN, 1)[1]:
-        raise ValueError(f"{readme} has no {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    readme.write_text(f"{head}{BEGIN}\n{markdown(records)}\n{END}{tail}")
+    if begin not in text or end not in text.split(begin, 1)[1]:
+        raise ValueError(f"{readme} has no {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    readme.write_text(f"{head}{begin}\n{markdown(records)}\n{end}{tail}")
 
 
 @click.command()

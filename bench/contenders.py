@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastattn.bench.workloads import (
+    FEEDFORWARD,
     AttentionCase,
     AttentionInputs,
     Case,
@@ -33,6 +34,7 @@ from fastattn import dispatch
 from fastattn.testing.adapters import foreign_target
 
 OURS = "fastattn"
+STOCK, STOCK_SLOW = "nn.MultiheadAttention", "no fast path"  # torch's module, and without its path for inference
 OUR_BACKENDS = ("cuda", "cuda-portable", "triton")  # contenders of their own for GPU tensors
 
 
@@ -50,6 +52,7 @@ class Bound:
     grad_out: Tensor | None = None
     prepare: Callable[[], object] | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    allow_unused: bool = False  # some leaves may have no part in the output
 
     def step(self) -> object:
         """What is timed: the forward, and the backward when there are leaves."""
@@ -62,7 +65,11 @@ class Bound:
                 return self.forward()
         result = self.forward()
         out = result[0] if isinstance(result, tuple) else result
-        return out, torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
+        return out, self._gradients(out)
+
+    def _gradients(self, out: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = list(self.leaves.values())
+        return torch.autograd.grad(out, leaves, self.grad_out, allow_unused=self.allow_unused)
 
     def results(self) -> dict[str, Tensor]:
         """Everything that a step computes, by name, for the check."""
@@ -75,10 +82,11 @@ class Bound:
         out, *rest = result if isinstance(result, tuple) else (result,)
         named = {"out": out.detach()}
         if rest and rest[0] is not None:
-            named["weights"] = rest[0].detach()
+            weights = torch.stack(rest[0]) if isinstance(rest[0], tuple) else rest[0]  # of each layer
+            named["weights"] = weights.detach()
         if self.leaves:
-            grads = torch.autograd.grad(out, list(self.leaves.values()), self.grad_out)
-            named.update(zip(self.leaves, grads, strict=True))
+            grads = zip(self.leaves, self._gradients(out), strict=True)
+            named.update({name: grad for name, grad in grads if grad is not None})
         return named
 
 
@@ -367,38 +375,76 @@ def _parameter_names(function: Callable[..., Any]) -> set[str]:
         return {"is_causal"}
 
 
-def _mha(name: str, make: Callable[[MhaCase], nn.Module], slow_to_start: bool = False) -> Contender:
+def _mha(
+    name: str,
+    make: Callable[[MhaCase], nn.Module],
+    slow_to_start: bool = False,
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Contender:
     def bind(case: Case) -> Bound:
         assert isinstance(case, MhaCase)
         inputs = mha_inputs(case)
         module = make(case)
-        leaves = {"x": inputs.x, **dict(module.named_parameters())} if case.backward else {}
-        return Bound(mha_forward(module, case, inputs), leaves, inputs.grad_out)
+        forward = mha_forward(module, case, inputs)
+
+        def inside() -> Any:
+            with around():
+                return forward()
+
+        return Bound(inside, mha_leaves(module, case, inputs), inputs.grad_out)
 
     return Contender(name, bind, slow_to_start=slow_to_start)
 
 
+def mha_leaves(module: nn.Module, case: MhaCase, inputs: MhaInputs) -> dict[str, Tensor]:
+    """What gets a gradient, by name."""
+    if not case.backward:
+        return {}
+    memory = {} if inputs.memory is None else {"memory": inputs.memory}
+    return {"x": inputs.x, **memory, **dict(module.named_parameters())}
+
+
 def mha_forward(module: nn.Module, case: MhaCase, inputs: MhaInputs) -> Callable[[], Any]:
-    """The call of ``nn.MultiheadAttention`` on these inputs."""
-    return lambda: module(
-        inputs.x,
-        inputs.x,
-        inputs.x,
-        key_padding_mask=inputs.key_padding_mask,
-        attn_mask=inputs.attn_mask,
-        need_weights=case.need_weights,
-    )
+    """The call of ``nn.MultiheadAttention`` or ``nn.TransformerEncoderLayer`` on these inputs."""
+
+    def forward() -> Any:
+        if case.encoder_layer:
+            return module(inputs.x, src_mask=inputs.attn_mask, src_key_padding_mask=inputs.key_padding_mask)
+        memory = inputs.x if inputs.memory is None else inputs.memory
+        masks = {"key_padding_mask": inputs.key_padding_mask, "attn_mask": inputs.attn_mask}
+        return module(inputs.x, memory, memory, **masks, need_weights=case.need_weights)
+
+    if not case.autocast:
+        return forward
+    return torch.autocast(torch.device(case.device).type, torch.bfloat16)(forward)
 
 
 def make_mha(case: MhaCase, cls: type[nn.Module] = nn.MultiheadAttention) -> nn.Module:
     """The layer; the same seed gives every class the same parameters."""
     torch.manual_seed(0)
-    module = cls(case.embed_dim, case.heads, batch_first=True)  # type: ignore[call-arg]
+    module: nn.Module
+    if case.encoder_layer:
+        inner = FEEDFORWARD * case.embed_dim
+        module = nn.TransformerEncoderLayer(case.embed_dim, case.heads, inner, dropout=0.0, batch_first=True)
+        if cls is fastattn.MultiheadAttention:
+            fastattn.replace_multihead_attention(module)
+    else:
+        module = cls(case.embed_dim, case.heads, batch_first=True)  # type: ignore[call-arg]
     return module.to(torch.device(case.device), torch_dtype(case.dtype)).train(case.backward)
 
 
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def mha_contenders() -> list[Contender]:
-    """Our module first, then torch's."""
+    """Our module first, then torch's, with the fast path that its inference takes and without."""
 
     def compiled(case: MhaCase) -> nn.Module:
         module = make_mha(case)
@@ -407,7 +453,8 @@ def mha_contenders() -> list[Contender]:
 
     return [
         _mha(OURS, lambda case: make_mha(case, fastattn.MultiheadAttention)),
-        _mha("nn.MultiheadAttention", make_mha),
+        _mha(STOCK, make_mha),
+        _mha(STOCK_SLOW, make_mha, around=_without_fast_path),
         _mha("compile", compiled, slow_to_start=True),
     ]
 

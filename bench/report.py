@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # no display is needed, and none is to be opened
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 import numpy as np  # noqa: E402
 from fastattn.bench import tables  # noqa: E402
-from fastattn.bench.contenders import OURS  # noqa: E402
+from fastattn.bench.contenders import OURS, STOCK  # noqa: E402
 from fastattn.bench.records import Record  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -25,7 +25,7 @@ COLOURS = {
     "cuda-portable": "#d97706",
     "triton": "#be185d",
     "sdpa": "#1d4ed8",
-    "nn.MultiheadAttention": "#1d4ed8",
+    STOCK: "#1d4ed8",
     "stock": "#1d4ed8",
     "sdpa-math": "#0e7490",
     "sdpa-flash": "#0369a1",
@@ -35,7 +35,12 @@ COLOURS = {
     "compile": "#15803d",
     "flex": "#7e22ce",
 }
-SUITE_TITLES = {"attention": "Attention", "mha": "MultiheadAttention", "loss": "Masked losses"}
+SUITE_TITLES = {
+    "attention": "Attention",
+    "mha": "MultiheadAttention",
+    "loss": "Masked losses",
+    "transformers": "Hugging Face transformers",
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem; margin-bottom: .2rem } h2 { margin-top: 2.5rem; border-bottom: 1px solid #cbd5e1 }

@@ -13,6 +13,7 @@ from fastattn.bench.checks import Check, Verdict, check_dropout
 from fastattn.bench.contenders import (
     OUR_BACKENDS,
     OURS,
+    STOCK,
     Bound,
     Contender,
     attention_contenders,
@@ -20,6 +21,7 @@ from fastattn.bench.contenders import (
     mha_contenders,
     user_contender,
 )
+from fastattn.bench.models import PICTURES, lengths_of, model_contenders
 from fastattn.bench.records import Record
 from fastattn.bench.timing import Sentinel, Timing, measure, percentile, round_ratios
 from fastattn.bench.workloads import (
@@ -29,6 +31,7 @@ from fastattn.bench.workloads import (
     Condition,
     LossCase,
     MhaCase,
+    ModelCase,
     attending_pairs,
     attention_bytes,
     attention_flops,
@@ -40,7 +43,8 @@ from fastattn.bench.workloads import (
 )
 from torch import Tensor
 
-JUDGE = {"attention": "sdpa", "mha": "nn.MultiheadAttention", "loss": "eager"}  # whose error sets the bound of others
+# whose error sets the bound of others
+JUDGE = {"attention": "sdpa", "mha": STOCK, "loss": "eager", "transformers": "eager"}
 
 CONDITION_PATIENCE = 4.0  # a promised speed is judged on undisturbed samples, and gets more time to find them
 
@@ -53,6 +57,8 @@ class Plan:
     peers: frozenset[str] | None = None  # None: every peer that does not compile
     memory: frozenset[str] = frozenset()  # whose memory is measured; with any, also that of the user's functions
     plots: bool = False  # belongs to the curves over the sequence length
+    rounds: int | None = None  # undisturbed samples wanted, where that is not for the run to say
+    seconds: float | None = None  # how long disturbed samples are made up for, where that is not for the run to say
 
 
 @dataclass
@@ -67,6 +73,8 @@ class _Entry:
 def contenders_for(case: Case, user: Sequence[Contender] = ()) -> list[Contender]:
     if isinstance(case, AttentionCase):
         return [*attention_contenders(case.device), *user]
+    if isinstance(case, ModelCase):
+        return model_contenders()
     return mha_contenders() if isinstance(case, MhaCase) else loss_contenders()
 
 
@@ -176,6 +184,10 @@ def _counts(case: Case) -> Record:
         }
     if isinstance(case, MhaCase):
         return {"useful_flop": mha_flops(case)}
+    if isinstance(case, ModelCase):
+        pictures = case.model in PICTURES
+        items = case.batch * (1 if pictures else case.new_tokens or int(lengths_of(case).sum()) // case.batch)
+        return {"items": items, "item": "pictures" if pictures else "tokens"}
     return {"bytes": loss_bytes(case, loss_inputs(case))}
 
 
@@ -239,6 +251,8 @@ def _rates(timing: Timing, counts: Record, ours: bool) -> Record:
         rates["sentinel_share"] = timing.sentinel_share(counts["useful_flop"])
     if ours and "executed_flop" in counts:  # what a peer executes is its own affair
         rates["executed_flops"] = counts["executed_flop"] / timing.median
+    if "items" in counts:
+        rates["items_per_s"] = counts["items"] / timing.median
     if "bytes" in counts and "useful_flop" not in counts:
         rates["bytes_per_s"] = counts["bytes"] / timing.median
     return rates
@@ -264,6 +278,7 @@ def memory_job(**job: Any) -> tuple[Callable[[], object], torch.device]:
         "AttentionCase": AttentionCase,
         "MhaCase": MhaCase,
         "LossCase": LossCase,
+        "ModelCase": ModelCase,
     }
     case = classes[job["kind"]](**fields)
     known = {contender.name: contender for contender in contenders_for(case)}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
-from fastattn.bench.contenders import OUR_BACKENDS, OURS
+from fastattn.bench.contenders import OUR_BACKENDS, OURS, STOCK, STOCK_SLOW
 from fastattn.bench.runner import Plan
-from fastattn.bench.workloads import MASK_KINDS, AttentionCase, Condition, LossCase, MhaCase
+from fastattn.bench.workloads import MASK_KINDS, AttentionCase, Condition, LossCase, MhaCase, ModelCase
 
 Shape = tuple[int, int, int, int, int, int]  # batch, query heads, key heads, L, S, head dim
 
@@ -16,7 +17,11 @@ VIT: Shape = (32, 12, 12, 197, 197, 64)
 FULL_SHAPES: tuple[Shape, ...] = (BASE, VIT, (2, 8, 8, 1024, 1024, 128), (1, 8, 8, 4096, 4096, 64))
 CURVE_LENGTHS_QUICK = (256, 512, 2048)  # beside the 1024 of the base shape
 CURVE_LENGTHS_FULL = (256, 512, 2048, 4096)
+DECODE: Shape = (1, 32, 8, 1, 8192, 64)  # one token against a long cache, grouped queries
+LAYER_SHAPE: Shape = (4, 8, 8, 512, 512, 64)
 MHA_MASKS = ("dense", "padded", "causal")
+MODEL_ROUNDS = 5
+LAYER_SECONDS, QUICK_LAYER_SECONDS = 5.0, 3.0  # what a case gets to make up for disturbed samples
 
 # What the kernels are held to: against torch's SDPA, float32, forward and forward with backward.
 CONDITIONS = {"dense": Condition("sdpa", 1.0), "padded": Condition("sdpa", 2.0)}
@@ -24,6 +29,7 @@ CONDITIONS = {"dense": Condition("sdpa", 1.0), "padded": Condition("sdpa", 2.0)}
 _PLAIN = frozenset({"sdpa", "eager"})
 _EVERYONE = _PLAIN | {*OUR_BACKENDS, "sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "compile", "flex"}
 _MEASURED = frozenset({OURS, "sdpa", "eager"})
+_LAYERS = frozenset({OURS, STOCK})
 
 
 def _attention(shape: Shape, mask: str, dtype: str, backward: bool, device: str) -> AttentionCase:
@@ -68,6 +74,7 @@ def _quick_attention(device: str) -> list[Plan]:
     ]
     plans.append(Plan(_attention(VIT, "dense", "float32", True, device), frozenset({"sdpa"})))
     plans.append(Plan(_attention(BASE, "dense", "bfloat16", True, device), frozenset({"sdpa"})))
+    plans += _decoding(device)
     return plans
 
 
@@ -83,7 +90,15 @@ def _full_attention(device: str) -> list[Plan]:
         plans.append(Plan(case, _PLAIN, _MEASURED, plots=True))
     for dtype, backward in product(("bfloat16", "float16"), (False, True)):
         plans.append(Plan(_attention(BASE, "dense", dtype, backward, device), _PLAIN))
-    return plans
+    return plans + _decoding(device)
+
+
+def _decoding(device: str) -> list[Plan]:
+    """With the whole cache, and with half of it in use."""
+    return [
+        Plan(_attention(DECODE, mask, dtype, False, device), frozenset({"sdpa"}))
+        for mask, dtype in product(("dense", "padded"), ("float32", "bfloat16"))
+    ]
 
 
 def mha_plans(
@@ -91,25 +106,72 @@ def mha_plans(
     shapes: Sequence[Shape] | None = None,
     masks: Sequence[str] | None = None,
     dtype: str | None = None,
-    backward: bool = True,
     device: str = "cpu",
 ) -> list[Plan]:
-    """Self-attention layers. A shape B,H,L,D stands for inputs (B, L, H · D)."""
-    if shapes is not None:
-        sizes = [(batch, length, heads * dim, heads) for batch, heads, _, length, _, dim in shapes]
-    else:
-        sizes = [(8, 197, 768, 12), (2, 1024, 512, 8)] + ([] if quick else [(1, 4096, 512, 8)])
-    kinds = masks or (("dense", "padded") if quick else MHA_MASKS)
-    everyone = frozenset({OURS, "nn.MultiheadAttention"})
-    plans = []
-    for size, mask in product(sizes, kinds):
-        if quick and masks is None and mask != "dense" and size[1] < 1024:
-            continue
-        case = MhaCase(*size, mask=mask, dtype=dtype or "float32", backward=backward, device=device)
-        plans.append(
-            Plan(case, None if quick else everyone | {"compile"}, everyone if size[1] >= 1024 else frozenset())
-        )
-    return plans
+    """Layers, training and inference. A shape B,H,L[xS],D stands for queries (B, L, H · D), and keys (B, S, H · D).
+
+    With shapes, masks or a dtype given: every combination of these; else the suite.
+    """
+    every = list(product((True, False), (True, False)))  # training or not, with weights or not
+    if shapes is not None or masks is not None or dtype is not None:
+        cases = []
+        for shape, mask, (backward, weights) in product(shapes or (LAYER_SHAPE,), masks or MHA_MASKS[:2], every):
+            batch, heads, _, len_q, len_k, dim = shape
+            case = MhaCase(batch, len_q, heads * dim, heads, mask, dtype or "float32", backward, device, weights)
+            cases.append(case if len_q == len_k else replace(case, len_k=len_k))
+        extra: frozenset[str] = frozenset() if quick else frozenset({"compile"})
+        return [Plan(case, _layer_peers(case) | extra, seconds=LAYER_SECONDS) for case in cases]
+    base, vit = MhaCase(4, 512, 512, 8, device=device), MhaCase(8, 197, 384, 6, device=device)
+    if quick:
+        cases = [
+            base,
+            replace(base, mask="padded", need_weights=False),
+            replace(base, mask="padded", need_weights=False, backward=False),
+            replace(vit, need_weights=False),
+        ]
+        return [Plan(case, _layer_peers(case), seconds=QUICK_LAYER_SECONDS) for case in cases]
+    cases = [
+        replace(size, mask=mask, backward=backward, need_weights=weights)
+        for size, mask, (backward, weights) in product((base, vit), ("dense", "padded"), every)
+    ]
+    cases += [
+        replace(base, length=128, len_k=1024, mask="padded", need_weights=False),
+        replace(base, need_weights=False, autocast=True),
+    ]
+    cases += [
+        replace(base, encoder_layer=True, mask=mask, backward=backward)
+        for mask, backward in (("dense", True), ("dense", False), ("padded", False))
+    ]
+    measured = {base, replace(base, need_weights=False)}
+    return [
+        Plan(case, _layer_peers(case), _LAYERS if case in measured else frozenset(), seconds=LAYER_SECONDS)
+        for case in cases
+    ]
+
+
+def _layer_peers(case: MhaCase) -> frozenset[str]:
+    """Stock has a fast path in inference, for self-attention without autocast."""
+    return _LAYERS if case.backward or case.autocast or case.len_k is not None else _LAYERS | {STOCK_SLOW}
+
+
+def model_plans(quick: bool, device: str = "cpu") -> list[Plan]:
+    """Models of transformers: training and inference, padded where there are sequences, and generation."""
+    cases = []
+    for name in ("bert", "llama", "gpt2", "t5"):
+        for padded, backward in product((False, True), (True, False)):
+            if not quick or (name in ("bert", "llama") and padded):
+                cases.append(ModelCase(name, 2, 512, padded, backward, device=device))
+    for name, size in (("vit", 256), ("swin", 224), ("mae", 256)):
+        cases += [ModelCase(name, 4, size, False, backward, device=device) for backward in (True, False)[: 2 - quick]]
+    if not quick:
+        cases.append(ModelCase("bert", 2, 512, backward=False, attentions=True, device=device))
+    for name in ("llama", "gpt2")[: 2 - quick]:
+        cases.append(ModelCase(name, 1, 512, backward=False, new_tokens=8 if quick else 32, device=device))
+    measured = {ModelCase("bert", 2, 512, device=device)}
+    return [
+        Plan(case, None, _MEASURED if case in measured else frozenset(), rounds=MODEL_ROUNDS, seconds=LAYER_SECONDS)
+        for case in cases
+    ]
 
 
 def loss_plans(quick: bool, dtype: str | None = None, backward: bool = False, device: str = "cpu") -> list[Plan]:

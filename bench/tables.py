@@ -11,13 +11,16 @@ COLUMNS = {
     "attention": ("time", "useful", "executed", "÷ sentinel", "fastattn is", "mask prep.", "memory", "error"),
     "mha": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "loss": ("time", "GB/s", "fastattn is", "memory", "error"),
+    "transformers": ("time", "a second", "fastattn is", "memory", "error"),
 }
+SPEED = {"attention": "useful", "mha": "useful", "loss": "GB/s", "transformers": "a second"}  # of these columns
 LEGEND = (
     "time: median (p20 to p80) of a step. useful: FLOP/s over the pairs that may attend; executed: over the tiles that "
     "are run. ÷ sentinel: useful FLOP/s over that of a plain float32 matrix product at the same moment. fastattn is: "
     "how many times faster than this peer, round by round, median (p20 to p80). mask prep.: expanding or packing the "
     "mask, not part of time. memory: peak beyond inputs and outputs. error: largest error against float64, over the "
-    "largest magnitude. GB/s: counted elements read once, gradient written once. ~: fewer than 3 samples were "
+    "largest magnitude. GB/s: counted elements read once, gradient written once. a second: tokens "
+    "(padding does not count) or pictures. ~: fewer than 3 samples were "
     "undisturbed, all are used."
 )
 
@@ -74,6 +77,12 @@ def cell(record: Record, column: str) -> str:
         return f"{record['sentinel_share']:.2f}"
     if column == "GB/s":
         return f"{record['bytes_per_s'] / 1e9:.3g}"
+    if column == "a second":
+        return (
+            f"{record['items_per_s']:.3g} {record['item']}"
+            if record["items_per_s"] < 1000
+            else (f"{record['items_per_s'] / 1e3:.3g} k {record['item']}")
+        )
     if column == "mask prep.":
         return seconds(record["prepare"]["median_s"]) if "prepare" in record else ""
     if column == "fastattn is" and "ratio" in record:

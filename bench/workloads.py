@@ -16,6 +16,7 @@ MASK_KINDS = ("dense", "causal", "window", "padded", "random", "block-sparse", "
 DROPOUT_P = 0.1
 DROPOUT_OF_ONES = "dropout-of-ones"  # for the check: with values of 1 the output is what dropout leaves of each row
 BACKWARD_FLOPS = 2.5  # of the forward: five products in place of two
+FEEDFORWARD = 4  # the width of an encoder layer's inner layer, over that of its input
 EXECUTED_TILE = (48, 64)  # queries by keys, the tile of the CPU kernels
 
 
@@ -59,7 +60,8 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class MhaCase:
-    """One layer of self-attention: ``nn.MultiheadAttention`` as users call it, ``need_weights`` left at its default."""
+    """One layer: ``nn.MultiheadAttention`` as users call it, ``need_weights`` left at its default, or
+    ``nn.TransformerEncoderLayer``. Training is forward with backward, inference the forward in eval mode."""
 
     batch: int
     length: int
@@ -69,16 +71,23 @@ class MhaCase:
     dtype: str = "float32"
     backward: bool = True
     device: str = "cpu"
-    need_weights: bool = True
+    need_weights: bool = True  # of nn.MultiheadAttention; the encoder layer asks for none
+    len_k: int | None = None  # cross-attention to so many keys
+    autocast: bool = False  # to bfloat16
+    encoder_layer: bool = False
 
     @property
     def shape(self) -> str:
-        return f"{self.batch},{self.length},{self.embed_dim} of {self.heads} heads"
+        length = f"{self.length}" if self.len_k is None else f"{self.length}x{self.len_k}"
+        return f"{self.batch},{length},{self.embed_dim} of {self.heads} heads"
 
     @property
     def title(self) -> str:
         weights = "with weights" if self.need_weights else "without weights"
-        return f"MultiheadAttention {self.mask} ({self.shape}) {weights} {self.dtype} {step_name(self.backward)}"
+        what = "TransformerEncoderLayer" if self.encoder_layer else "MultiheadAttention"
+        dtype = "bfloat16 autocast" if self.autocast else self.dtype
+        parts = [what, self.mask, f"({self.shape})", "" if self.encoder_layer else weights, dtype]
+        return " ".join(filter(None, [*parts, step_name(self.backward)]))
 
     def describe(self) -> dict[str, object]:
         return {"suite": "mha", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
@@ -110,7 +119,42 @@ class LossCase:
         return {"suite": "loss", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
 
 
-Case = AttentionCase | MhaCase | LossCase
+@dataclass(frozen=True)
+class ModelCase:
+    """A randomly initialised model of Hugging Face transformers: a training step, inference, or generation."""
+
+    model: str  # a key of fastattn.bench.models.MODELS
+    batch: int
+    length: int  # tokens, or pixels of a picture's side
+    padded: bool = False
+    backward: bool = True
+    attentions: bool = False  # output_attentions
+    new_tokens: int = 0  # generate so many after the prompt
+    width: int = 256
+    layers: int = 2
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch},{self.length},{self.width} x {self.layers} layers"
+
+    @property
+    def step(self) -> str:
+        if self.new_tokens:
+            return f"generates {self.new_tokens} tokens"
+        return "training" if self.backward else "inference"
+
+    @property
+    def title(self) -> str:
+        parts = [self.model, "padded" if self.padded else "", f"({self.shape})", "with weights" * self.attentions]
+        return " ".join(filter(None, [*parts, self.dtype, self.step]))
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "transformers", "shape": self.shape, "step": self.step, **asdict(self)}
+
+
+Case = AttentionCase | MhaCase | LossCase | ModelCase
 
 
 def step_name(backward: bool) -> str:
@@ -262,10 +306,12 @@ def attention_bytes(case: AttentionCase, inputs: AttentionInputs) -> int:
 
 @dataclass
 class MhaInputs:
-    """Input (B, L, E), the upstream gradient, and the arguments of ``nn.MultiheadAttention.forward``."""
+    """Queries (B, L, E), the upstream gradient, keys for cross-attention (B, S, E), and the arguments of
+    ``nn.MultiheadAttention.forward``."""
 
     x: Tensor
     grad_out: Tensor
+    memory: Tensor | None = None
     key_padding_mask: Tensor | None = None
     attn_mask: Tensor | None = None
 
@@ -274,12 +320,17 @@ def mha_inputs(case: MhaCase, seed: int = 0) -> MhaInputs:
     """Random normal input; torch's polarity in the masks: True = ignore."""
     generator = torch.Generator().manual_seed(seed)
     device, dtype = torch.device(case.device), torch_dtype(case.dtype)
-    x, grad_out = (
-        torch.randn(case.batch, case.length, case.embed_dim, generator=generator).to(device, dtype) for _ in range(2)
-    )
-    inputs = MhaInputs(x.requires_grad_(case.backward), grad_out)
+
+    def normal(length: int) -> Tensor:
+        return torch.randn(case.batch, length, case.embed_dim, generator=generator).to(device, dtype)
+
+    x, grad_out = normal(case.length), normal(case.length)
+    inputs = MhaInputs(x.requires_grad_(case.backward), grad_out.bfloat16() if case.autocast else grad_out)
+    if case.len_k is not None:
+        inputs.memory = normal(case.len_k).requires_grad_(case.backward)
     if case.mask == "padded":
-        padding = torch.arange(case.length, device=device) >= max(1, case.length // 2)
+        len_k = case.len_k or case.length
+        padding = torch.arange(len_k, device=device) >= max(1, len_k // 2)
         inputs.key_padding_mask = padding.expand(case.batch, -1).contiguous()
     elif case.mask == "causal":
         inputs.attn_mask = torch.ones(case.length, case.length, dtype=torch.bool, device=device).triu(1)
@@ -287,11 +338,14 @@ def mha_inputs(case: MhaCase, seed: int = 0) -> MhaInputs:
 
 
 def mha_flops(case: MhaCase) -> float:
-    """The four projections and the attention over the attending pairs; products that only make the weights count for
+    """The projections and the attention over the attending pairs; products that only make the weights count for
     nothing."""
     share = {"dense": 1.0, "padded": 0.5, "causal": 0.5 + 0.5 / case.length}[case.mask]
-    projections = 8.0 * case.batch * case.length * case.embed_dim**2
-    attention = 4.0 * case.batch * case.length * case.length * case.embed_dim * share
+    len_k = case.len_k or case.length
+    projections = 4.0 * case.batch * (case.length + len_k) * case.embed_dim**2
+    if case.encoder_layer:
+        projections += 4.0 * case.batch * case.length * case.embed_dim * FEEDFORWARD * case.embed_dim
+    attention = 4.0 * case.batch * case.length * len_k * case.embed_dim * share
     if not case.backward:
         return projections + attention
     return 3.0 * projections + (1 + BACKWARD_FLOPS) * attention
