@@ -22,11 +22,11 @@ ALLOWED = {
     "tiles": {"masks"},
     "backends": MASKS,
     "dispatch": {"backends"} | MASKS,
-    "ops": {"dispatch"} | MASKS,
+    "ops": {"dispatch", "backends"} | MASKS,  # backends.derivatives serves every backend
     "attention": {"ops", "dispatch"} | MASKS,
     "losses": {"ops", "dispatch"} | MASKS,
     "nn": PUBLIC | MASKS,
-    "integrations": PUBLIC | MASKS | {"nn"},
+    "integrations": PUBLIC | MASKS | {"nn", "dispatch", "ops"},
     "testing": PUBLIC | MASKS | {"backends", "dispatch", "ops"},
     "bench": PUBLIC | MASKS | {"nn", "integrations", "testing", "dispatch"},
     "cli": PUBLIC | MASKS | {"nn", "integrations", "testing", "dispatch", "bench"},
