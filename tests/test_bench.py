@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -13,15 +14,29 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import fastattn
 from fastattn import cli
 
 pytest.importorskip("matplotlib", reason="the bench extra is not installed")
 PIL_Image = pytest.importorskip("PIL.Image", reason="the bench extra is not installed")
 
+from fastattn.bench import (  # noqa: E402
+    checks,
+    compare,
+    images,
+    memory,
+    models,
+    records,
+    report,
+    runner,
+    simmim,
+    suites,
+    tables,
+    timing,
+)
 from fastattn.bench import cli as bench_cli  # noqa: E402
-from fastattn.bench import compare, images, memory, records, report, runner, simmim, suites, tables, timing  # noqa: E402
 from fastattn.bench import workloads as w  # noqa: E402
-from fastattn.bench.contenders import OURS, user_contender  # noqa: E402
+from fastattn.bench.contenders import OURS, STOCK, STOCK_SLOW, make_mha, user_contender  # noqa: E402
 
 TINY = w.AttentionCase(1, 2, 2, 40, 40, 8)
 
@@ -284,6 +299,161 @@ def test_the_module_runs_beside_torchs(mask: str):
     assert found["nn.MultiheadAttention"]["ratio"]["median"] > 0
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"backward": False, "need_weights": False, "mask": "padded"},
+        {"backward": False},
+        {"len_k": 40, "need_weights": False, "mask": "padded"},
+        {"autocast": True},
+        {"encoder_layer": True, "mask": "padded"},
+        {"encoder_layer": True, "backward": False},
+    ],
+    ids=str,
+)
+def test_every_layer_passes_the_check(changed: dict[str, object]):
+    case = w.MhaCase(2, 24, 32, 4, **changed)  # type: ignore[arg-type]
+    found = one(runner.Plan(case, suites._layer_peers(case)))
+    inference = not case.backward
+    assert set(found) == {OURS, STOCK} | ({STOCK_SLOW} if inference else set())
+    expected = {"out"} | ({"weights"} if case.need_weights and not case.encoder_layer else set())
+    expected |= {"x"} if case.backward else set()
+    expected |= {"memory"} if case.backward and case.len_k else set()
+    for record in found.values():
+        assert record["status"] == "ok", record["reason"]
+        assert {name for name in record["errors"] if "_" not in name and "." not in name} == expected
+    assert found[STOCK]["ratio"]["median"] > 0 and found[OURS]["useful_flops"] > 0
+
+
+def test_ours_is_inside_the_encoder_layer():
+    case = w.MhaCase(2, 24, 32, 4, encoder_layer=True)
+    stock, ours = make_mha(case), make_mha(case, fastattn.MultiheadAttention)
+    assert type(stock.self_attn) is torch.nn.MultiheadAttention
+    assert type(ours.self_attn) is fastattn.MultiheadAttention
+    for a, b in zip(stock.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_layers_are_counted():
+    case = w.MhaCase(2, 10, 16, 4, backward=False)
+    assert w.mha_flops(case) == 8 * 2 * 10 * 16**2 + 4 * 2 * 10 * 10 * 16
+    cross = replace(case, len_k=30, mask="padded")
+    assert w.mha_flops(cross) == 4 * 2 * (10 + 30) * 16**2 + 4 * 2 * 10 * 15 * 16
+    inner = 2 * 2 * 2 * 10 * 16 * 64  # two products of width 64
+    assert w.mha_flops(replace(case, encoder_layer=True)) == w.mha_flops(case) + inner
+    assert w.mha_flops(replace(case, backward=True)) == 3 * 8 * 2 * 10 * 16**2 + 3.5 * 4 * 2 * 10 * 10 * 16
+
+
+def test_the_suites_hold_training_and_inference_with_and_without():
+    layers = [plan.case for plan in suites.mha_plans(quick=False)]
+    seen = {(c.length, c.mask, c.backward, c.need_weights) for c in layers if not c.encoder_layer}
+    for length in (197, 512):
+        assert {(length, m, b, n) for m in ("dense", "padded") for b in (True, False) for n in (True, False)} <= seen
+    assert any(c.len_k for c in layers) and any(c.autocast for c in layers) and any(c.encoder_layer for c in layers)
+    assert len({c.title for c in layers}) == len(layers)  # runs are compared by title
+    found = [plan.case for plan in suites.model_plans(quick=False)]
+    assert {c.model for c in found} == set(models.MODELS)
+    assert {(c.padded, c.backward) for c in found if c.model == "t5"} == {(p, b) for p in (0, 1) for b in (0, 1)}
+    assert any(c.attentions for c in found) and {c.model for c in found if c.new_tokens} == {"llama", "gpt2"}
+    assert len({c.title for c in found}) == len(found)
+    decoding = [plan.case for plan in suites.attention_plans(quick=True) if plan.case.len_q == 1]
+    assert {(c.mask, c.dtype) for c in decoding} == {
+        (m, d) for m in ("dense", "padded") for d in ("float32", "bfloat16")
+    }
+
+
+def test_decoding_runs_beside_sdpa():
+    found = one(runner.Plan(w.AttentionCase(1, 8, 2, 1, 96, 16, mask="padded"), peers=frozenset({"sdpa"})))
+    assert found[OURS]["status"] == found["sdpa"]["status"] == "ok"
+
+
+# transformers ---------------------------------------------------------------------------------------------------------
+
+needs_transformers = pytest.mark.skipif(
+    models.why_missing() is not None, reason=f"transformers cannot be used: {models.why_missing()}"
+)
+TINY_MODEL = w.ModelCase("bert", 2, 24, padded=True, width=32, layers=1)
+
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "case",
+    [
+        TINY_MODEL,
+        replace(TINY_MODEL, padded=False, backward=False, attentions=True),
+        replace(TINY_MODEL, model="llama"),
+        replace(TINY_MODEL, model="llama", backward=False, padded=False, new_tokens=4),
+        replace(TINY_MODEL, model="gpt2"),
+        replace(TINY_MODEL, model="t5"),
+        replace(TINY_MODEL, model="vit", padded=False, length=48),
+        replace(TINY_MODEL, model="swin", padded=False, length=56),
+        replace(TINY_MODEL, model="mae", padded=False, length=64),
+    ],
+    ids=lambda case: case.title,
+)
+def test_a_model_runs_with_every_implementation(case: w.ModelCase):
+    found = one(runner.Plan(case))
+    assert set(found) == {OURS, "sdpa", "eager"}
+    for name, record in found.items():
+        if name == "sdpa" and case.attentions:
+            assert record["status"] == "unavailable" and "weights" in record["reason"]
+            continue
+        assert record["status"] == "ok", record["reason"]
+        assert "out" in record["errors"] and ("weights" in record["errors"]) == case.attentions
+        assert any("q" in n or "attn" in n or "Attention" in n for n in record["errors"]) or not case.backward
+        assert record["items_per_s"] > 0 and record["item"] in tables.cell(record, "a second")
+    assert found["eager"]["ratio"]["median"] > 0
+
+
+@needs_transformers
+def test_a_model_that_forgets_its_mask_gets_no_speed():
+    check = checks.Check(TINY_MODEL)
+    model, inputs = models.make_model(TINY_MODEL, OURS), models.model_inputs(TINY_MODEL)
+    right = models.bind_model(TINY_MODEL, model, inputs).results()
+    check.set_peer(models.bind_model(TINY_MODEL, models.make_model(TINY_MODEL, "eager"), inputs).results())
+    assert check.judge(right).ok
+    full = torch.ones_like(inputs["attention_mask"])
+    wrong = models.bind_model(replace(TINY_MODEL, padded=False), model, {**inputs, "attention_mask": full}).results()
+    assert "out" in check.judge({**right, "out": wrong["out"]}).message
+    name = "bert.encoder.layer.0.attention.self.value.weight"
+    assert name in check.judge({**right, name: right[name] * 1.001}).message
+
+
+def test_without_transformers_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "transformers" else found(name))
+    assert run_cli(["bench", "transformers"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "pip install 'transformers" in message
+
+
+@needs_transformers
+def test_the_suites_of_layers_and_models_on_the_command_line(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    plan = runner.Plan(replace(TINY_MODEL, backward=False), rounds=3, seconds=0.1)
+    monkeypatch.setattr(suites, "model_plans", lambda quick, device: [plan])
+    for suite, options in (("mha", ["--quick", "--shapes", "1,2,16x24,8", "--masks", "dense"]), ("transformers", [])):
+        path = tmp_path / f"{suite}.jsonl"
+        assert run_cli(["bench", suite, *options, "--rounds", "3", "--json", str(path)]) == 0
+        shown = capsys.readouterr().out
+        written = records.read(path)
+        assert {r["suite"] for r in written} == {suite} and all(r["title"] in shown for r in written)
+        # The first run of a comparison is as good as the second.
+        assert CliRunner().invoke(bench_cli.bench, ["--compare", str(path), str(path)]).output == "no regression\n"
+        readme = tmp_path / "README.md"
+        marks = compare.marks(written)
+        assert marks[0] == f"<!-- measured-{suite}:begin -->"
+        readme.write_text(f"above\n<!-- measured:begin -->\n<!-- measured:end -->\n{marks[0]}\nold\n{marks[1]}\n")
+        compare.write_readme(readme, written)
+        text = readme.read_text()
+        assert text.startswith("above\n<!-- measured:begin -->\n<!-- measured:end -->\n") and "old" not in text
+        ours = [r["title"] for r in written if r["contender"] == OURS]
+        assert len(ours) == (4 if suite == "mha" else 1) and all(f"| {title} |" in text for title in ours)
+
+
 @pytest.mark.parametrize("kind", ["l1", "mse"])
 def test_the_loss_runs_beside_the_authors(kind: str):
     found = one(runner.Plan(w.LossCase(2, 3, 64, 32, kind=kind)))
@@ -478,6 +648,8 @@ def test_report_of_nothing_but_failures_is_still_a_page():
         (["simmim", "--dtype", "float16"], "--dtype.*'simmim'"),
         (["simmim", "--size", "100"], "--size.*100"),
         (["simmim", "--steps", "0"], "--steps.*0"),
+        (["transformers", "--masks", "dense"], "--masks.*'transformers'"),
+        (["transformers", "--dtype", "float16"], "--dtype.*'transformers'"),
         (["everything"], "everything"),
         (["attention", "--rounds", "1"], "--rounds.*1"),
         (["attention", "--json", "/proc/nowhere/r.jsonl"], "--json.*/proc/nowhere"),
@@ -572,8 +744,9 @@ def test_compare_on_the_command_line(tmp_path: Path):
 
 def test_the_measured_table_replaces_the_marked_part(tmp_path: Path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"above\n{compare.BEGIN}\nold\n{compare.END}\nbelow\n")
     run = [result("a", OURS, 0.01), result("a", "sdpa", 0.02, 2.0)]
+    begin, end = compare.marks(run)
+    readme.write_text(f"above\n{begin}\nold\n{end}\nbelow\n")
     for _ in range(2):  # writing again changes nothing
         compare.write_readme(readme, run)
         text = readme.read_text()
