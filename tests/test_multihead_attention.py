@@ -189,9 +189,12 @@ def test_evaluation_gives_the_numbers_of_training(masks, layout):
     trained = ours(*inputs, **options)
     ours.eval(), stock.eval()
     with torch.no_grad():
-        evaluated, expected = ours(*inputs, **options), stock(*inputs, **options)
-    assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
-    torch.testing.assert_close(evaluated, expected, rtol=1e-10, atol=1e-10)
+        expected = stock(*inputs, **options)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            evaluated = ours(*inputs, **options)
+        assert all(torch.equal(a, b) for a, b in zip(trained, evaluated, strict=True))
+        torch.testing.assert_close(evaluated, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(N, 1, L, S), (1, H, 1, S), (N, H, L, 1), (1, 1, L, S)])
@@ -262,6 +265,94 @@ def test_state_dicts_are_interchangeable(module):
     stock.load_state_dict(other.state_dict(), assign=True)
     for name, value in other.state_dict().items():
         assert torch.equal(stock.state_dict()[name], value)
+
+
+def test_state_may_be_assigned_to_a_module_without_memory():
+    stock, _ = make_pair(batch_first=True)
+    ours = fastattn.MultiheadAttention(E, H, batch_first=True, device="meta", dtype=torch.float64)
+    state = stock.state_dict()
+    ours.load_state_dict(state, assign=True)
+    assert all(p.data_ptr() == state[name].data_ptr() and p.requires_grad for name, p in ours.named_parameters())
+    inputs = make_inputs("batch_first", "self", ours)
+    assert_same(call(ours, inputs, {}), call(stock, inputs, {}), 1e-10)
+
+
+def test_pickles_older_than_separate_projections_load():
+    _, ours = make_pair()
+    state = {name: value for name, value in ours.__dict__.items() if name != "_qkv_same_embed_dim"}
+    other = fastattn.MultiheadAttention.__new__(fastattn.MultiheadAttention)
+    other.__setstate__(state)
+    inputs = make_inputs("sequence_first", "self", ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours(*inputs), other(*inputs), strict=True))
+
+
+@pytest.mark.parametrize("masks", ["none", "padding_bool", "mask_2d_bool", "both_bool"])
+def test_merge_masks_is_still_there(masks):
+    stock, ours = make_pair(batch_first=True)
+    query = make_inputs("batch_first", "self", stock)[0]
+    options = make_masks(masks, "batch_first", L)
+    merged = [m.merge_masks(options.get("attn_mask"), options.get("key_padding_mask"), query) for m in (stock, ours)]
+    torch.testing.assert_close(*merged, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("batch_first", True), ("add_zero_attn", True), ("dropout", 1.0), ("num_heads", 2)]
+)
+def test_attributes_are_live(name, value):
+    stock, ours = make_pair()
+    for module in (stock, ours):
+        setattr(module, name, value)
+    inputs = make_inputs("sequence_first", "self", stock)
+    assert_same(call(ours, inputs, {}), call(stock, inputs, {}), 1e-10)
+
+
+class Counted(nn.Module):
+    """A parametrization that counts how often the parameter is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def forward(self, weight):
+        self.reads += 1
+        return weight
+
+
+@pytest.mark.parametrize("module, sharing", [("plain", s) for s in SHARING] + [("bias_kv", "self")])
+def test_the_projection_is_read_once(module, sharing):
+    """A weight that is computed at each access, as by spectral_norm, may change from one to the next."""
+    stock, ours = make_pair(**MODULES[module])
+    inputs = make_inputs("sequence_first", sharing, ours)
+    expected = stock(*inputs)
+    counted = Counted()
+    nn.utils.parametrize.register_parametrization(ours, "in_proj_weight", counted)
+    counted.reads = 0
+    torch.testing.assert_close(ours(*inputs), expected, rtol=1e-10, atol=1e-10)
+    assert counted.reads == 1
+
+
+def test_backward_survives_a_weight_that_is_taken_away():
+    """PEFT puts a merged weight in place for the time of a forward and deletes it before the backward."""
+    stock, ours = make_pair()
+    inputs = make_inputs("sequence_first", "self", ours)
+    gradients = []
+    for module in (stock, ours):
+        weight = module.in_proj_weight
+        del module.in_proj_weight
+        module.in_proj_weight = 2 * weight
+        out, _ = module(*inputs)
+        del module.in_proj_weight
+        module.register_parameter("in_proj_weight", weight)
+        gradients.append(torch.autograd.grad(out.square().sum(), [weight, inputs[0]]))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_of_the_output_projection_do_not_fire():
+    calls = []
+    for module in make_pair():
+        module.out_proj.register_forward_hook(lambda *_: calls.append(1))
+        module(*make_inputs("sequence_first", "self", module))
+    assert not calls
 
 
 def test_class_swap_needs_nothing_from_init():
@@ -390,6 +481,35 @@ def test_empty_inputs(empty, need_weights):
     assert not need_weights or result[1].shape == expected[1].shape
     result[0].sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_keys_give_the_output_projection_of_zero(layout, bias):
+    _, ours = make_pair(batch_first=layout == "batch_first", bias=bias)
+    query = make_inputs(layout, "self", ours)[0]
+    none = query[:, :0] if layout == "batch_first" else query[:0]
+    for need_weights in (True, False):
+        out, _ = ours(query, none, none, need_weights=need_weights)
+        expected = ours.out_proj.bias.expand_as(out) if bias else torch.zeros_like(out)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_dead_rows_under_autocast_and_in_evaluation(need_weights):
+    _, ours = make_pair(torch.float32, batch_first=True)
+    query = make_inputs("batch_first", "self", ours, torch.float32)[0]
+    padding = torch.zeros(N, L, dtype=torch.bool)
+    padding[1] = True
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, weights = ours(query, query, query, key_padding_mask=padding, need_weights=need_weights)
+    cast.float().square().sum().backward()
+    assert not query.grad[1].any() and all(torch.isfinite(p.grad).all() for p in ours.parameters())
+    with torch.no_grad():
+        evaluated, _ = ours.eval()(query, query, query, key_padding_mask=padding, need_weights=need_weights)
+    for out in (cast, evaluated):
+        assert torch.equal(out[1], ours.out_proj.bias.to(out.dtype).expand_as(out[1]))
+    assert not need_weights or not weights[1].any()
 
 
 # The causal hint ----------------------------------------------------------------------------------
@@ -539,13 +659,84 @@ def test_self_attention_copies_nothing(layout, copies, masks):
     assert len(backward.copies) == copies, backward.copies
 
 
+@pytest.mark.parametrize("module, sharing", [("plain", "shared_kv"), ("plain", "separate"), ("kdim_vdim", "separate")])
+@pytest.mark.parametrize("layout, copies", [("batch_first", 0), ("unbatched", 0), ("sequence_first", 1)])
+def test_cross_attention_copies_nothing_in_the_forward(layout, copies, module, sharing):
+    _, ours = make_pair(batch_first=layout == "batch_first", **MODULES[module])
+    inputs = make_inputs(layout, sharing, ours)
+    with CountCopies(min(x.numel() for x in inputs)) as forward:
+        ours(*inputs, need_weights=False)
+    assert len(forward.copies) == copies, forward.copies
+
+
+class Record(TorchDispatchMode):
+    """What operators run, on what, and how large their results are."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.__name__.split(".")[0]
+        if not function.is_view:
+            self.calls.append((name, args))
+            results = result if isinstance(result, tuple) else (result,)
+            self.largest = max([self.largest] + [x.numel() for x in results if isinstance(x, torch.Tensor)])
+        return result
+
+
+@pytest.mark.parametrize("sharing", ["self", "separate"])
+@pytest.mark.parametrize("masks", ["none", "padding_bool", "mask_2d_float"])
+def test_weights_cost_one_kernel_more(masks, sharing, monkeypatch):
+    """And the mean over the heads is never made from the weights of every head, forward or backward."""
+    monkeypatch.setitem(globals(), "L", 31)
+    monkeypatch.setitem(globals(), "S", 29)
+    _, ours = make_pair(batch_first=True)
+    inputs = make_inputs("batch_first", sharing, ours)
+    options = make_masks(masks, "batch_first", L if sharing == "self" else S)
+    with Record() as without:
+        ours(*inputs, need_weights=False, **options)
+    with Record() as record:
+        _, weights = ours(*inputs, **options)
+        more = [name for name, _ in record.calls]
+        weights.square().sum().backward()
+    for name, _ in without.calls:
+        more.remove(name)
+    assert more == ["attention_weights"]
+    assert record.largest < N * H * L * inputs[1].shape[1]
+
+
+@pytest.mark.parametrize("shape", [(N, H, L, S), (1, H, L, S), (N, 1, 1, S), (N, 1, L, 1)])
+def test_four_dimensional_masks_are_not_copied(shape, monkeypatch):
+    for name, size in (("L", 31), ("S", 29)):
+        monkeypatch.setitem(globals(), name, size)
+    shape = tuple({7: L, 5: S}.get(size, size) for size in shape)
+    _, ours = make_pair(batch_first=True)
+    query, key, _ = (x.detach() for x in make_inputs("batch_first", "shared_kv", ours))
+    mask = torch.randn(shape, dtype=torch.float64)
+    with Record() as record:
+        ours(query, key, key, attn_mask=mask, need_weights=False)
+    (arguments,) = (args for name, args in record.calls if name == "attention")
+    assert arguments[3].data_ptr() == mask.data_ptr() and arguments[3].shape == shape
+    # A bool mask is turned over, in its own shape, before it is packed.
+    with Record() as record:
+        ours(query, key, key, attn_mask=mask > 1, need_weights=False)
+    assert [args[0].shape for name, args in record.calls if name == "logical_not"] == [shape]
+    assert not {"clone", "copy_", "_to_copy", "bitwise_not"} & {name for name, _ in record.calls}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False])
 def test_output_is_contiguous(layout, training):
     _, ours = make_pair(batch_first=layout == "batch_first")
     inputs = make_inputs(layout, "separate", ours)
-    out, weights = ours.train(training)(*inputs)
+    ours.train(training)
+    out, weights = ours(*inputs)
     assert out.is_contiguous() and weights.is_contiguous()
+    assert ours(*inputs, average_attn_weights=False)[1].is_contiguous()
+    assert ours(*inputs, need_weights=False)[0].is_contiguous()
 
 
 def test_inputs_are_not_modified():
@@ -573,6 +764,25 @@ def test_autocast(module, masks):
         assert all(p.grad.dtype == torch.float32 for p in candidate.parameters())
         results.append((out, weights))
     torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_float_masks_under_autocast(dtype, need_weights):
+    stock, ours = make_pair(torch.float32, batch_first=True)
+    inputs = make_inputs("batch_first", "shared_kv", ours, torch.float32)
+    results = []
+    for module in (stock, ours):
+        masks = {"attn_mask": torch.randn(L, S), "key_padding_mask": torch.randn(N, S)}
+        torch.manual_seed(12)
+        masks = {name: torch.randn(x.shape).to(dtype).requires_grad_() for name, x in masks.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            out, weights = module(*inputs, need_weights=need_weights, **masks)
+        assert out.dtype == torch.bfloat16
+        gradients = torch.autograd.grad(out.float().square().sum(), [*masks.values(), *module.parameters()])
+        assert [g.dtype for g in gradients] == [dtype] * 2 + [torch.float32] * 4
+        results.append((out, weights, *gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -703,6 +913,8 @@ BAD_CALLS = {
     "padding_uint8": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S).byte()}), AssertionError),
     "mask_bfloat16": (lambda q, k: ((q, k, k), {"attn_mask": bools(L, S).bfloat16()}), RuntimeError),
     "padding_float16": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S).half()}), RuntimeError),
+    "mask_complex": (lambda q, k: ((q, k, k), {"attn_mask": bools(L, S).to(torch.complex64)}), AssertionError),
+    "mask_0d": (lambda q, k: ((q, k, k), {"attn_mask": bools()}), AssertionError),
     "mask_1d": (lambda q, k: ((q, k, k), {"attn_mask": bools(S)}), AssertionError),
     "mask_one_row": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, S)}), RuntimeError),
     "mask_one_batch": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, L, S)}), RuntimeError),
@@ -711,6 +923,8 @@ BAD_CALLS = {
     "padding_batch": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(1, S)}), AssertionError),
     "hint_alone": (lambda q, k: ((q, k, k), {"is_causal": True}), RuntimeError),
     "unbatched_mask": (lambda q, k: ((q[0], k[0], k[0]), {"attn_mask": bools(N * H, L, S)}), AssertionError),
+    "unbatched_key": (lambda q, k: ((q, k[0], k[0]), {}), AssertionError),
+    "unbatched_mask_shape": (lambda q, k: ((q[0], k[0], k[0]), {"attn_mask": bools(L, S + 1)}), RuntimeError),
     "unbatched_padding": (lambda q, k: ((q[0], k[0], k[0]), {"key_padding_mask": bools(1, S)}), AssertionError),
 }
 
@@ -744,6 +958,14 @@ def test_separate_projections_check_the_features():
             module(query, value, value)
         with pytest.raises(AssertionError):
             module(query, key, value[:2])
+
+
+@pytest.mark.parametrize("name", ["bias_k", "bias_v"])
+def test_half_of_the_appended_bias(name):
+    for module in make_pair():
+        setattr(module, name, nn.Parameter(torch.zeros(1, 1, E, dtype=torch.float64)))
+        with pytest.raises(AssertionError, match="bias_k"):
+            module(*make_inputs("sequence_first", "self", module))
 
 
 def test_mixed_mask_dtypes_warn():

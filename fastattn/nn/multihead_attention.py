@@ -72,6 +72,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         batched = self._check_inputs(query, key, value, key_padding_mask, attn_mask)
+        if (self.bias_k is None) != (self.bias_v is None):
+            raise AssertionError("bias_k and bias_v must both be set, or both be None")
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask, which is None; pass the causal attn_mask as well")
 
@@ -239,10 +241,43 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (query, *args), {})
 
     def __prepare_scriptable__(self) -> torch.nn.MultiheadAttention:
-        """TorchScript cannot compile a subclass that overrides forward: script torch's module over the same state."""
-        stock = torch.nn.MultiheadAttention.__new__(torch.nn.MultiheadAttention)
-        object.__setattr__(stock, "__dict__", self.__dict__)
-        return stock
+        """What torch.jit.script compiles in place of this module: torch's forward over the same state."""
+        scriptable = _Scriptable.__new__(_Scriptable)
+        object.__setattr__(scriptable, "__dict__", self.__dict__)
+        if keep_attention_called in self._forward_pre_hooks.values():
+            self._forward_pre_hooks = _QuietHooks(self._forward_pre_hooks)  # type: ignore[assignment]
+        return scriptable
+
+
+class _Scriptable(MultiheadAttention):
+    """TorchScript cannot compile our forward, so that it gets torch's.
+
+    torch.jit.script leaves this object in the model that it was given, in our module's place. It turns into our module
+    again at the first call there, so that the model computes what it did before.
+    """
+
+    forward = torch.nn.MultiheadAttention.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self._forward_pre_hooks, _QuietHooks):
+            self._forward_pre_hooks = self._forward_pre_hooks.hooks
+        self.__class__ = MultiheadAttention  # type: ignore[assignment]
+        return self(*args, **kwargs)
+
+
+class _QuietHooks(dict):
+    """The hooks of a module, all counted by len(), but in values() none that TorchScript would fail to compile."""
+
+    def __init__(self, hooks: Any) -> None:
+        super().__init__(hooks)
+        self.hooks = hooks
+
+    def values(self) -> Any:
+        return [hook for hook in super().values() if hook is not keep_attention_called]
+
+
+def keep_attention_called(module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward pre-hook that does nothing: where one is attached, torch's fused encoder layer steps aside."""
 
 
 def _combine_masks(
@@ -261,7 +296,7 @@ def _combine_masks(
     mask: Mask | None = None
     biases: list[Tensor] = []
     if attn_mask is not None:
-        attn_mask = _view_attn_mask(attn_mask, batch, heads, len_q, len_k)
+        attn_mask = _view_attn_mask(attn_mask, batch, heads, len_q, len_k, appended)
         if attn_mask.dtype == torch.bool:
             mask = Mask.dense(_append(attn_mask.logical_not(), appended, True))
         else:
@@ -287,7 +322,7 @@ def _append(mask: Tensor, appended: int, value: float) -> Tensor:
     return F.pad(mask, (0, appended), value=value) if appended else mask
 
 
-def _view_attn_mask(attn_mask: Tensor, batch: int, heads: int, len_q: int, len_k: int) -> Tensor:
+def _view_attn_mask(attn_mask: Tensor, batch: int, heads: int, len_q: int, len_k: int, appended: int) -> Tensor:
     """View `attn_mask` as 4-D, broadcastable to (N, H, L, S)."""
     if attn_mask.dim() == 2:
         if attn_mask.shape != (len_q, len_k):
@@ -308,7 +343,7 @@ def _view_attn_mask(attn_mask: Tensor, batch: int, heads: int, len_q: int, len_k
             f"The shape of the 4D attn_mask is {tuple(attn_mask.shape)}, but should be broadcastable to {full}."
         )
     # A mask that broadcasts along the keys would also cover an appended key.
-    return attn_mask.expand(-1, -1, -1, len_k)
+    return attn_mask.expand(-1, -1, -1, len_k) if appended else attn_mask
 
 
 def _checked_bias(bias: Tensor | None, projected: Tensor) -> Tensor | None:
