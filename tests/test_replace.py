@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.ao.nn.quantizable import MultiheadAttention as QuantizableAttention
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fastattn
 from fastattn.integrations import replace
@@ -15,6 +17,15 @@ E, H, N, L, S = 16, 2, 3, 6, 5
 
 class Custom(nn.MultiheadAttention):
     """A subclass of somebody else's."""
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(E, H, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
 
 
 @pytest.fixture
@@ -108,6 +119,45 @@ def test_transformer_encoder_reaches_ours(training, mask, norm_first, calls):
     torch.testing.assert_close(result[real], expected[real], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors")
+def test_every_layer_reaches_ours_in_every_mode(mode, training, calls):
+    """The layers by themselves, sequence first too, with a padding mask and the causal hint."""
+    options = {"dropout": 0.0, "dtype": torch.float64}
+    stock = nn.ModuleList(
+        [
+            nn.TransformerEncoderLayer(E, H, 32, batch_first=True, **options),
+            nn.TransformerEncoderLayer(E, H, 32, batch_first=False, **options),
+            nn.TransformerDecoderLayer(E, H, 32, batch_first=True, **options),
+            nn.TransformerDecoderLayer(E, H, 32, batch_first=False, **options),
+        ]
+    ).train(training)
+    ours = copy.deepcopy(stock)
+    assert len(fastattn.replace_multihead_attention(ours).replaced) == 6
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    padding = torch.arange(L) >= torch.tensor([L, 2, 4])[:, None]
+    causal = nn.Transformer.generate_square_subsequent_mask(L).isneginf()
+
+    def call(layers):
+        for layer in layers:
+            first = layer.self_attn.batch_first
+            given = x if first else x.transpose(0, 1)
+            if isinstance(layer, nn.TransformerEncoderLayer):
+                yield layer(given, src_key_padding_mask=padding)
+                yield layer(given, src_mask=causal, is_causal=True)
+            else:
+                masks = {"tgt_key_padding_mask": padding, "memory_key_padding_mask": padding}
+                yield layer(given, given, **masks)
+                yield layer(given, given, tgt_mask=causal, tgt_is_causal=True)
+
+    with mode():
+        expected, results = list(call(stock)), list(call(ours))
+    assert calls[0] == 2 * 2 + 2 * 2 * 2
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_transformer_reaches_ours(training, calls):
     torch.manual_seed(0)
@@ -170,3 +220,132 @@ def test_one_training_step_gives_the_parameters_of_torch():
         optimizer.step()
     for (name, a), (_, b) in zip(stock.named_parameters(), ours.named_parameters(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_shared_module_is_replaced_once(calls):
+    shared = nn.MultiheadAttention(E, H)
+    model = nn.ModuleDict({"first": shared, "second": shared, "weights": nn.Linear(E, E)})
+    model["weights"].weight = shared.out_proj.weight
+    report = fastattn.replace_multihead_attention(model)
+    assert report.replaced == ["first"] and report.left == {}
+    assert model["first"] is model["second"] is shared
+    assert model["weights"].weight is shared.out_proj.weight
+
+
+def test_hooks_on_the_replaced_module_still_run():
+    model = nn.Sequential(nn.MultiheadAttention(E, H))
+    seen = []
+    model[0].register_forward_pre_hook(lambda *args: seen.append("before"))
+    model[0].register_forward_hook(lambda *args: seen.append("after"))
+    model[0].register_full_backward_hook(lambda *args: seen.append("backward"))
+    model[0].in_proj_weight.register_hook(lambda gradient: seen.append("parameter"))
+    fastattn.replace_multihead_attention(model)
+    x = torch.randn(L, N, E, requires_grad=True)
+    model[0](x, x, x)[0].sum().backward()
+    assert sorted(seen) == ["after", "backward", "before", "parameter"]
+
+
+def test_a_parametrized_module_is_replaced_and_stays_parametrized(calls):
+    stock = nn.MultiheadAttention(E, H, dtype=torch.float64)
+    parametrizations.weight_norm(stock, "in_proj_weight")
+    parametrizations.orthogonal(stock.out_proj, "weight")
+    ours = copy.deepcopy(stock)
+    parameters = dict(ours.named_parameters())
+    report = fastattn.replace_multihead_attention(ours)
+    assert report.replaced == [""] and isinstance(ours, fastattn.MultiheadAttention)
+    assert parametrize.is_parametrized(ours, "in_proj_weight")
+    assert {name: id(p) for name, p in ours.named_parameters()} == {name: id(p) for name, p in parameters.items()}
+    x = torch.randn(L, N, E, dtype=torch.float64)
+    expected, result = stock(x, x, x)[0], ours(x, x, x)[0]
+    assert calls[0] == 1
+    torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+    result.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, a), b in zip(stock.named_parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-9, atol=1e-9, msg=name)
+    assert torch.equal(copy.deepcopy(ours)(x, x, x)[0], result)
+    parametrize.remove_parametrizations(ours, "in_proj_weight")
+    assert type(ours) is fastattn.MultiheadAttention
+    torch.testing.assert_close(ours(x, x, x)[0], expected, rtol=1e-10, atol=1e-10)
+    # One whose class below the parametrization is somebody else's is left.
+    custom = Custom(E, H)
+    parametrizations.weight_norm(custom, "in_proj_weight")
+    assert "may do something else" in fastattn.replace_multihead_attention(custom).left[""]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weights_computed_by_hooks(calls):
+    """prune, and weight_norm in its older form, compute the weight in a forward pre-hook."""
+    x = torch.randn(L, N, E, dtype=torch.float64)
+    for prepare in (
+        lambda module: prune.l1_unstructured(module, "in_proj_weight", 0.3),
+        lambda module: torch.nn.utils.weight_norm(module, "in_proj_weight"),
+    ):
+        model = nn.MultiheadAttention(E, H, dtype=torch.float64)
+        prepare(model)
+        expected = model(x, x, x)[0]
+        assert fastattn.replace_multihead_attention(model).replaced == [""]
+        torch.testing.assert_close(model(x, x, x)[0], expected, rtol=1e-10, atol=1e-10)
+    assert calls[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_is_left_has_its_reason():
+    patched = nn.MultiheadAttention(E, H)
+    patched.forward = patched.forward
+    scripted = torch.jit.script(Wrapped())
+    model = nn.ModuleDict({"patched": patched, "scripted": scripted, "quantizable": QuantizableAttention(E, H)})
+    report = fastattn.replace_multihead_attention(model)
+    assert report.replaced == [] and set(report.left) == {"patched", "scripted.attention", "quantizable"}
+    assert "forward of its own" in report.left["patched"]
+    assert "TorchScript" in report.left["scripted.attention"]
+    assert "quantizable" in report.left["quantizable"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+def test_dynamic_quantization_leaves_the_attention_to_us():
+    """It replaces Linear, and not the projections of MultiheadAttention."""
+    model = nn.TransformerDecoderLayer(E, H, 32, dropout=0.0).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    x = torch.randn(L, N, E)
+    expected = quantized(x, x)
+    assert len(fastattn.replace_multihead_attention(quantized).replaced) == 2
+    # The quantized layers after it round to steps, which a rounding error before them may cross.
+    torch.testing.assert_close(quantized(x, x), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile", "attention.compile"])
+def test_compiled_models_are_compiled_anew(how, calls):
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph, inputs):
+        graphs.append("fastattn" in str([node.target for node in graph.graph.nodes]))
+        return graph
+
+    model = compiled = Wrapped()
+    if how == "torch.compile":
+        compiled = torch.compile(model, backend=record)
+    else:
+        (model if how == "model.compile" else model.attention).compile(backend=record)
+    x = torch.randn(L, N, E, dtype=torch.float64)
+    expected = compiled(x)
+    # Of a module of torch's own, compiled by itself, torch compiles nothing.
+    assert graphs == ([] if how == "attention.compile" else [False])
+    report = fastattn.replace_multihead_attention(compiled)
+    assert [name.removeprefix("_orig_mod.") for name in report.replaced] == ["attention"]
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-10, atol=1e-10)
+    assert graphs[-1] and graphs.count(True) == 1
+
+
+def test_a_converted_module_put_in_by_hand(calls):
+    """Nothing to replace, but the layer around it must be made to call it."""
+    layer = make_layer()
+    layer.self_attn = fastattn.MultiheadAttention(E, H, batch_first=True, dtype=torch.float64)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    report = fastattn.replace_multihead_attention(model)
+    assert report.replaced == [] and len(report.notes) == 3
+    padding = torch.arange(L) >= torch.tensor([L, 2, 4])[:, None]
+    with torch.no_grad():
+        model(torch.randn(N, L, E, dtype=torch.float64), src_key_padding_mask=padding)
+    assert calls[0] == 2
