@@ -469,7 +469,8 @@ class Mask:
         self.validate(B, H, L, S, device)
         form = self._fold(L, S, block_m, block_n, build)
         made = tensors if form.tile_map is None else (*tensors, form.tile_map.live)
-        if all(type(t) is Tensor for t in made):
+        # Within a transform of torch.func, tensors may belong to it and be of no use afterwards.
+        if all(type(t) is Tensor for t in made) and not torch._C._are_functorch_transforms_active():
             if len(self._cache) >= _CACHE_ENTRIES:
                 self._cache.clear()
             self._cache[key] = (versions, form)

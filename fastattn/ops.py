@@ -1,4 +1,5 @@
-"""Every operator of the library `fastattn`: schema, kernel, fake kernel, autograd, autocast rule and FLOP formula.
+"""Every operator of the library `fastattn`: schema, kernel, fake kernel, derivatives, and its rules for vmap, autocast
+and the FLOP counter.
 
 The kernel of an operator asks `dispatch` for the backend named in its last arguments and calls the function of the same
 name there. Operators take validated arguments: the public functions check. Masks travel flattened (`flatten_mask`),
@@ -12,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import dispatch
+from fastattn.backends import derivatives, reference_loss
+from fastattn.backends.derivatives import Inputs
 from fastattn.masks import KernelMask
 from fastattn.tiles import TileMap
 
@@ -29,6 +33,10 @@ _MASK = (
 )
 _NUM_MASK = 13
 _DROPOUT = "float dropout_p, Tensor? dropout_seed"
+_TANGENTS = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias"
+_OTHERS = _TANGENTS.replace("tangent_", "other_")
+_WEIGHTS_TANGENTS = _TANGENTS.replace("value", "lse")
+_WEIGHTS_OTHERS = _OTHERS.replace("value", "lse")
 
 SCHEMAS: dict[str, str] = {
     "attention": f"(Tensor query, Tensor key, Tensor value, Tensor? bias, {_MASK}, float scale, {_DROPOUT}, "
@@ -46,6 +54,23 @@ SCHEMAS: dict[str, str] = {
     "attention_weights_backward": "(Tensor grad_weights, Tensor query, Tensor key, Tensor lse, Tensor? bias, "
     f"{_MASK}, float scale, bool average_heads, {_DROPOUT}, str backend, bool need_grad_bias) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_bias, Tensor grad_lse)",
+    # Derivatives of the operators above; derivatives.py has the formulas. `out` and `lse`, which attention_jvp's own
+    # gradient takes, are what attention returned.
+    "attention_jvp": f"(Tensor query, Tensor key, Tensor value, Tensor? bias, {_TANGENTS}, Tensor out, Tensor lse, "
+    f"{_MASK}, float scale, {_DROPOUT}, str backend) -> (Tensor tangent_out, Tensor tangent_lse)",
+    "attention_jvp_jvp": f"(Tensor query, Tensor key, Tensor value, Tensor? bias, {_TANGENTS}, {_OTHERS}, {_MASK}, "
+    f"float scale, {_DROPOUT}, str backend) -> (Tensor second_out, Tensor second_lse)",
+    "attention_backward_jvp": "(Tensor? grad_out, Tensor? grad_lse, Tensor? tangent_grad_out, "
+    f"Tensor? tangent_grad_lse, Tensor query, Tensor key, Tensor value, Tensor? bias, {_TANGENTS}, {_MASK}, "
+    f"float scale, {_DROPOUT}, str backend, bool need_grad_bias) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    "attention_weights_jvp": f"(Tensor query, Tensor key, Tensor lse, Tensor? bias, {_WEIGHTS_TANGENTS}, {_MASK}, "
+    f"float scale, bool average_heads, {_DROPOUT}, str backend) -> Tensor",
+    "attention_weights_jvp_jvp": f"(Tensor query, Tensor key, Tensor lse, Tensor? bias, {_WEIGHTS_TANGENTS}, "
+    f"{_WEIGHTS_OTHERS}, {_MASK}, float scale, bool average_heads, {_DROPOUT}, str backend) -> Tensor",
+    "attention_weights_backward_jvp": "(Tensor? grad_weights, Tensor? tangent_grad_weights, Tensor query, Tensor key, "
+    f"Tensor lse, Tensor? bias, {_WEIGHTS_TANGENTS}, {_MASK}, float scale, bool average_heads, {_DROPOUT}, "
+    "str backend, bool need_grad_bias) -> (Tensor grad_query, Tensor grad_key, Tensor grad_bias, Tensor grad_lse)",
     "mask_tiles": "(Tensor[] masks, SymInt len_q, SymInt len_k, int block_m, int block_n, str backend) "
     "-> (Tensor bits, Tensor live, Tensor full, Tensor live_t, Tensor full_t)",
     "masked_loss": "(Tensor input, Tensor target, Tensor mask, str kind, str reduction, int patch_size, float beta, "
@@ -251,83 +276,323 @@ def _attention_weights_backward_fake(
     )
 
 
+# Derivatives of attention: the same plain PyTorch serves every backend ------------------------------------------------
+
+
+def _problem(query: Tensor, key: Tensor, rest: Sequence[Any]) -> tuple[Any, ...]:
+    """rest: the mask, scale, what the operator has of its own, dropout and backend; returns it with the mask whole."""
+    *own, backend = rest[_NUM_MASK:]
+    return unflatten_mask(tuple(rest[:_NUM_MASK]), query.shape[2], key.shape[2], backend), *own
+
+
+def _attention_jvp(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, t, rest = Inputs(*arguments[:4]), Inputs(*arguments[4:8]), arguments[10:]
+    return derivatives.attention_jvp(x, t, *_problem(arguments[0], arguments[1], rest))
+
+
+def _attention_jvp_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _attention_fake(query, key, value)
+
+
+def _attention_jvp_jvp(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, t, u = (Inputs(*arguments[first : first + 4]) for first in (0, 4, 8))
+    return derivatives.attention_jvp_jvp(x, t, u, *_problem(arguments[0], arguments[1], arguments[12:]))
+
+
+def _attention_backward_jvp(*arguments: Any) -> tuple[Tensor, ...]:
+    *most, need_grad_bias = arguments
+    x, t = Inputs(*most[4:8]), Inputs(*most[8:12])
+    mask, scale, *dropout = _problem(most[4], most[5], most[12:])
+    gradients = derivatives.attention_backward_jvp(*(*most[:4], x, t, mask, scale, *dropout, need_grad_bias))
+    return tuple(arguments[4].new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _attention_backward_jvp_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    query, key, value, bias = arguments[4:8]
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return *gradients, _grad_bias_fake(query, bias, arguments[-1])
+
+
+def _without_value(query: Tensor | None, key: Tensor | None, lse: Any, bias: Tensor | None) -> Inputs:
+    return Inputs(query, key, None, bias)
+
+
+def _attention_weights_jvp(*arguments: Any) -> Tensor:
+    x, t = arguments[:4], arguments[4:8]
+    problem = _problem(x[0], x[1], arguments[8:])
+    return derivatives.attention_weights_jvp(_without_value(*x), x[2], _without_value(*t), t[2], *problem)
+
+
+def _attention_weights_jvp_fake(query: Tensor, key: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return _attention_weights_fake(query, key, lse, bias, *rest[4:])
+
+
+def _attention_weights_jvp_jvp(*arguments: Any) -> Tensor:
+    x, t, u = arguments[:4], arguments[4:8], arguments[8:12]
+    tangents = _without_value(*t), t[2], _without_value(*u), u[2]
+    problem = _problem(x[0], x[1], arguments[12:])
+    return derivatives.attention_weights_jvp_jvp(_without_value(*x), x[2], *tangents, *problem)
+
+
+def _attention_weights_jvp_jvp_fake(query: Tensor, key: Tensor, lse: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    return _attention_weights_fake(query, key, lse, bias, *rest[8:])
+
+
+def _attention_weights_backward_jvp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *most, need_grad_bias = arguments
+    x, t = most[2:6], most[6:10]
+    mask, scale, _, *dropout = _problem(x[0], x[1], most[10:])
+    grad_query, grad_key, grad_bias, grad_lse = derivatives.attention_weights_backward_jvp(
+        *(*most[:2], _without_value(*x), x[2], _without_value(*t), t[2], mask, scale, *dropout, need_grad_bias)
+    )
+    return grad_query, grad_key, x[0].new_empty(0) if grad_bias is None else grad_bias, grad_lse
+
+
+def _attention_weights_backward_jvp_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _attention_weights_backward_fake(arguments[0], *arguments[2:6], *arguments[10:])
+
+
 # Autograd ------------------------------------------------------------------------------------------------------------
+# For each operator: what its derivatives need (setup), its vector-Jacobian product (gradients) and its Jacobian-vector
+# product (tangents). Those of the gradient are again operators with derivatives of their own, and so on up to the
+# second order. A gradient or a tangent that is None is zero.
 
 
-_ONCE = (
-    "the gradient cannot be differentiated again: fastattn has no second derivatives; where you need them, use torch's "
-    "own functions"
+_THIRD = (
+    "attention has derivatives up to the second order, and this is the third; where you need it, use torch's own "
+    "functions"
 )
 
 
-def _save(ctx: Any, tensors: tuple[Tensor, ...], bias: Tensor | None, rest: tuple[Any, ...]) -> None:
-    # rest: the mask, then what follows it. Only tensors go through save_for_backward, which keeps hooks and
-    # checkpointing working; a gradient that nobody uses stays None.
+def _save(ctx: Any, values: Sequence[Any]) -> None:
+    # Only tensors go through save_for_backward, which keeps hooks and checkpointing working; a gradient that nobody
+    # uses stays None.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, bias, *(x for x in rest if isinstance(x, Tensor)))
-    ctx.num_tensors = len(tensors)
-    ctx.rest = tuple(None if isinstance(x, Tensor) else x for x in rest)
-    ctx.is_tensor = tuple(isinstance(x, Tensor) for x in rest)
+    is_tensor = [isinstance(x, Tensor) for x in values]
+    tensors = [x for x, held in zip(values, is_tensor, strict=True) if held]
+    ctx.save_for_backward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
+    ctx.is_tensor = is_tensor
+    ctx.others = [None if held else x for x, held in zip(values, is_tensor, strict=True)]
 
 
-def _saved(ctx: Any) -> tuple[tuple[Tensor, ...], Tensor | None, tuple[Any, ...]]:
-    saved = ctx.saved_tensors
-    tensors, bias = saved[: ctx.num_tensors], saved[ctx.num_tensors]
-    following = iter(saved[ctx.num_tensors + 1 :])
-    return tensors, bias, tuple(next(following) if held else x for held, x in zip(ctx.is_tensor, ctx.rest, strict=True))
+def _saved(ctx: Any) -> list[Any]:
+    following = iter(ctx.saved_tensors)
+    return [next(following) if held else x for held, x in zip(ctx.is_tensor, ctx.others, strict=True)]
 
 
-def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, bias, *rest = inputs
-    _save(ctx, (query, key, value, *output), bias, tuple(rest))
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _save(ctx, inputs)
+
+
+def _save_inputs_and_output(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _save(ctx, (*output, *inputs))
+
+
+def _wanted(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients of the first arguments, as far as they are needed, and None for the others."""
+    needs = ctx.needs_input_grad
+    wanted = tuple(gradient if need else None for gradient, need in zip(gradients, needs, strict=False))
+    return *wanted, *(None,) * (len(needs) - len(wanted))
+
+
+def _any(tensors: Sequence[Tensor | None]) -> bool:
+    return any(tensor is not None for tensor in tensors)
+
+
+def _sum(first: Sequence[Tensor] | None, second: Sequence[Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    if first is None or second is None:
+        return tuple(first or second or (None, None))  # type: ignore[return-value]
+    return first[0] + second[0], first[1] + second[1]
 
 
 def _attention_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (_NUM_MASK + 4)
     if grad_out is None and grad_lse is None:
-        return None, None, None, None, *nothing
-    (query, key, value, out, lse), bias, rest = _saved(ctx)
-    needs = ctx.needs_input_grad
+        return _wanted(ctx, ())
+    out, lse, query, key, value, bias, *rest = _saved(ctx)
     gradients = attention_backward(
         torch.zeros_like(out) if grad_out is None else grad_out,
-        *(grad_lse, query, key, value, out, lse, bias, *rest, needs[3]),
+        *(grad_lse, query, key, value, out, lse, bias, *rest, ctx.needs_input_grad[3]),
     )
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *nothing
+    return _wanted(ctx, gradients)
 
 
-def _attention_packed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, *rest = inputs
-    _save(ctx, (qkv, *output), bias, tuple(rest))
+def _attention_tangents(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse, *inputs = _saved(ctx)
+    return attention_jvp(*inputs[:4], *tangents[:4], out, lse, *inputs[4:])
 
 
 def _attention_packed_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (_NUM_MASK + 4)
     if grad_out is None and grad_lse is None:
-        return None, None, *nothing
-    (qkv, out, lse), bias, rest = _saved(ctx)
-    needs = ctx.needs_input_grad
+        return _wanted(ctx, ())
+    out, lse, qkv, bias, *rest = _saved(ctx)
     gradients = attention_packed_backward(
-        torch.zeros_like(out) if grad_out is None else grad_out, grad_lse, qkv, out, lse, bias, *rest, needs[1]
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        *(grad_lse, qkv, out, lse, bias, *rest, ctx.needs_input_grad[1]),
     )
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *nothing
+    return _wanted(ctx, gradients)
 
 
-def _attention_weights_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, lse, bias, *rest = inputs
-    _save(ctx, (query, key, lse), bias, tuple(rest))
+def _split_tangent(tangent: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (None, None, None) if tangent is None else _split(tangent)
+
+
+def _attention_packed_tangents(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse, qkv, bias, *rest = _saved(ctx)
+    return attention_jvp(*_split(qkv), bias, *_split_tangent(tangents[0]), tangents[1], out, lse, *rest)
 
 
 def _attention_weights_gradients(ctx: Any, grad_weights: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * (_NUM_MASK + 5)
     if grad_weights is None:
-        return None, None, None, None, *nothing
-    (query, key, lse), bias, rest = _saved(ctx)
-    needs = ctx.needs_input_grad
+        return _wanted(ctx, ())
     grad_query, grad_key, grad_bias, grad_lse = attention_weights_backward(
-        grad_weights, query, key, lse, bias, *rest, needs[3]
+        grad_weights, *_saved(ctx), ctx.needs_input_grad[3]
     )
-    gradients = (grad_query, grad_key, grad_lse, grad_bias)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=False)), *nothing
+    return _wanted(ctx, (grad_query, grad_key, grad_lse, grad_bias))
+
+
+def _attention_weights_tangents(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    inputs = _saved(ctx)
+    return attention_weights_jvp(*inputs[:4], *tangents[:4], *inputs[4:])
+
+
+# The gradients' own derivatives. Their inputs `out` and `lse` are functions of the others, whose derivatives count the
+# whole dependence: they get none themselves.
+
+
+def _attention_backward_gradients(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    grad_out, grad_lse, query, key, value, out, lse, bias, *rest, need_grad_bias = _saved(ctx)
+    cotangents = (*cotangents[:3], cotangents[3] if need_grad_bias and bias is not None else None)
+    if not _any(cotangents):
+        return _wanted(ctx, ())
+    needs = ctx.needs_input_grad
+    of_grads: Sequence[Any] = (None, None)
+    of_inputs: Sequence[Any] = (None, None, None, None)
+    if needs[0] or needs[1]:
+        of_grads = attention_jvp(query, key, value, bias, *cotangents, out, lse, *rest)
+    if any(needs[2:5]) or needs[7]:
+        of_inputs = attention_backward_jvp(
+            *(grad_out, grad_lse, None, None, query, key, value, bias, *cotangents, *rest, needs[7])
+        )
+    return _wanted(ctx, (*of_grads, *of_inputs[:3], None, None, of_inputs[3]))
+
+
+def _attention_backward_tangents(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    grad_out, grad_lse, query, key, value, _, _, bias, *rest = _saved(ctx)
+    of_inputs = (*tangents[2:5], tangents[7])
+    return attention_backward_jvp(grad_out, grad_lse, *tangents[:2], query, key, value, bias, *of_inputs, *rest)
+
+
+def _joined(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The gradients of query, key and value as that of qkv, and that of bias."""
+    return torch.stack([gradient.transpose(1, 2) for gradient in gradients[:3]], 2), gradients[3]
+
+
+def _attention_packed_backward_gradients(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    grad_out, grad_lse, qkv, out, lse, bias, *rest, need_grad_bias = _saved(ctx)
+    cotangents = (cotangents[0], cotangents[1] if need_grad_bias and bias is not None else None)
+    if not _any(cotangents):
+        return _wanted(ctx, ())
+    needs = ctx.needs_input_grad
+    inputs, along = (*_split(qkv), bias), (*_split_tangent(cotangents[0]), cotangents[1])
+    of_grads: Sequence[Any] = (None, None)
+    of_inputs: Sequence[Any] = (None, None)
+    if needs[0] or needs[1]:
+        of_grads = attention_jvp(*inputs, *along, out, lse, *rest)
+    if needs[2] or needs[5]:
+        of_inputs = _joined(attention_backward_jvp(grad_out, grad_lse, None, None, *inputs, *along, *rest, needs[5]))
+    return _wanted(ctx, (*of_grads, of_inputs[0], None, None, of_inputs[1]))
+
+
+def _attention_packed_backward_tangents(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad_out, grad_lse, qkv, _, _, bias, *rest = _saved(ctx)
+    along = (*_split_tangent(tangents[2]), tangents[5])
+    return _joined(attention_backward_jvp(grad_out, grad_lse, *tangents[:2], *_split(qkv), bias, *along, *rest))
+
+
+def _attention_weights_backward_gradients(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    grad_weights, query, key, lse, bias, *rest, need_grad_bias = _saved(ctx)
+    inputs = query, key, lse, bias
+    of_query, of_key, of_bias, of_lse = cotangents
+    along = (of_query, of_key, of_lse, of_bias if need_grad_bias and bias is not None else None)
+    if not _any(along):
+        return _wanted(ctx, ())
+    needs = ctx.needs_input_grad
+    of_grad, of_inputs = None, (None, None, None, None)
+    if needs[0]:
+        of_grad = attention_weights_jvp(*inputs, *along, *rest)
+    if any(needs[1:5]):
+        of_inputs = attention_weights_backward_jvp(grad_weights, None, *inputs, *along, *rest, needs[4])
+    grad_query, grad_key, grad_bias, grad_lse = of_inputs
+    return _wanted(ctx, (of_grad, grad_query, grad_key, grad_lse, grad_bias))
+
+
+def _attention_weights_backward_tangents(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    grad_weights, *inputs = _saved(ctx)
+    return attention_weights_backward_jvp(grad_weights, tangents[0], *inputs[:4], *tangents[1:5], *inputs[4:])
+
+
+def _attention_jvp_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    if grad_out is None and grad_lse is None:
+        return _wanted(ctx, ())
+    inputs = _saved(ctx)
+    x, t, (out, lse), rest = inputs[:4], inputs[4:8], inputs[8:10], inputs[10:]
+    needs = ctx.needs_input_grad
+    of_inputs: Sequence[Any] = (None,) * 4
+    of_tangents: Sequence[Any] = (None,) * 4
+    if any(needs[:4]):
+        of_inputs = attention_backward_jvp(grad_out, grad_lse, None, None, *x, *t, *rest, needs[3])
+    if any(needs[4:8]):
+        grad = torch.zeros_like(out) if grad_out is None else grad_out
+        of_tangents = attention_backward(grad, grad_lse, *x[:3], out, lse, x[3], *rest, needs[7])
+    return _wanted(ctx, (*of_inputs, *of_tangents))
+
+
+def _attention_jvp_tangents(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    inputs = _saved(ctx)
+    x, t, saved, rest = inputs[:4], inputs[4:8], inputs[8:10], inputs[10:]
+    along, of_tangents = tangents[:4], tangents[4:8]
+    second = attention_jvp_jvp(*x, *t, *along, *rest) if _any(along) and _any(t) else None
+    first = attention_jvp(*x, *of_tangents, *saved, *rest) if _any(of_tangents) else None
+    return _sum(second, first)
+
+
+def _attention_weights_jvp_gradients(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return _wanted(ctx, ())
+    inputs = _saved(ctx)
+    x, t, rest = inputs[:4], inputs[4:8], inputs[8:]
+    needs = ctx.needs_input_grad
+    of_inputs: Sequence[Any] = (None,) * 4
+    of_tangents: Sequence[Any] = (None,) * 4
+    if any(needs[:4]):
+        query, key, bias, lse = attention_weights_backward_jvp(grad, None, *x, *t, *rest, needs[3])
+        of_inputs = query, key, lse, bias
+    if any(needs[4:8]):
+        query, key, bias, lse = attention_weights_backward(grad, *x, *rest, needs[7])
+        of_tangents = query, key, lse, bias
+    return _wanted(ctx, (*of_inputs, *of_tangents))
+
+
+def _attention_weights_jvp_tangents(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+    inputs = _saved(ctx)
+    x, t, rest = inputs[:4], inputs[4:8], inputs[8:]
+    along, of_tangents = tangents[:4], tangents[4:8]
+    second = attention_weights_jvp_jvp(*x, *t, *along, *rest) if _any(along) and _any(t) else None
+    first = attention_weights_jvp(*x, *of_tangents, *rest) if _any(of_tangents) else None
+    return second + first if second is not None and first is not None else first if second is None else second
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """For derivatives that are refused anyway."""
+
+
+def _refuse_third_derivative(name: str) -> Callable:
+    def derivative(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"fastattn::{name}: {_THIRD}")
+
+    return derivative
 
 
 # Mask tiles ----------------------------------------------------------------------------------------------------------
@@ -383,27 +648,34 @@ def _masked_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.rest = tuple(rest)
     ctx.has_gradient = _has_gradient(rest[1], rest[6])
     if ctx.has_gradient:
-        # An output that is not marked as non-differentiable: a second derivative then arrives in the backward as its
-        # gradient, and is refused there instead of being silently zero.
-        ctx.save_for_backward(output[1])
+        # An output that is not marked as non-differentiable: in a second derivative its gradient arrives in the
+        # backward. Only the curvature of "smooth_l1" depends on the difference, and has to keep it alive.
+        curved = rest[0] == "smooth_l1"
+        ctx.save_for_backward(output[1], mask, input if curved else None, target if curved else None)
     else:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, target, mask)
 
 
 def _masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, grad_grad_input: Tensor | None) -> tuple[Any, ...]:
-    if grad_grad_input is not None:
-        raise RuntimeError("fastattn::masked_loss: " + _ONCE)
     nothing = (None,) * 9
-    if grad_loss is None:
+    if grad_loss is None and grad_grad_input is None:
         return None, None, *nothing
     kind, reduction, patch_size, beta, normalize_target, eps, _, backend = ctx.rest
+    gradient: Tensor | None = None
     if ctx.has_gradient:
-        (grad_input,) = ctx.saved_tensors
-        grad_input = _scaled(grad_input, grad_loss)
+        grad_input, mask, input, target = ctx.saved_tensors
+        if grad_loss is not None:
+            gradient = _scaled(grad_input, grad_loss)
+        if grad_grad_input is not None:
+            options = kind, reduction, patch_size, beta, normalize_target, eps
+            second = reference_loss.times_curvature(grad_grad_input, input, target, mask, *options)
+            gradient = second if gradient is None else gradient + second
+    elif grad_loss is None:
+        return None, None, *nothing
     elif reduction == "none":
         input, target, mask = ctx.saved_tensors
-        grad_input = masked_loss_backward(
+        gradient = masked_loss_backward(
             grad_loss, input, target, mask, kind, patch_size, beta, normalize_target, eps, backend
         )
     else:
@@ -412,11 +684,33 @@ def _masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, grad_grad_input: 
         _, grad_input = masked_loss(
             input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps, True, backend
         )
-        grad_input = grad_input * grad_loss
-    need_input, need_target = ctx.needs_input_grad[:2]
+        gradient = grad_input * grad_loss
+    assert gradient is not None
+    return *_of_difference(ctx, gradient, normalize_target), *nothing
+
+
+def _of_difference(ctx: Any, gradient: Tensor, normalize_target: bool, first: int = 0) -> tuple[Any, Any]:
+    """The gradient of input - target as those of input and of target, arguments number `first` and the next."""
+    need_input, need_target = ctx.needs_input_grad[first : first + 2]
     if need_target and normalize_target:
         raise RuntimeError("fastattn::masked_loss: no gradient reaches a target that is normalised")
-    return grad_input if need_input else None, -grad_input if need_target else None, *nothing
+    return gradient if need_input else None, -gradient if need_target else None
+
+
+def _masked_loss_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.rest = inputs[4:]
+
+
+def _masked_loss_backward_gradients(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    grad_loss, input, target, mask = ctx.saved_tensors
+    kind, patch_size, beta, normalize_target, eps, _ = ctx.rest
+    options = kind, patch_size, beta, normalize_target, eps
+    of_grad_loss = reference_loss.times_slope(cotangent, input, target, mask, *options)
+    both = cotangent * grad_loss
+    second = reference_loss.times_curvature(both, input, target, mask, kind, "none", *options[1:])
+    need = ctx.needs_input_grad[0]
+    return of_grad_loss if need else None, *_of_difference(ctx, second, normalize_target, 1), *(None,) * 7
 
 
 def _scaled(grad_input: Tensor, grad_loss: Tensor) -> Tensor:
@@ -505,6 +799,16 @@ def _attention_weights_backward_flops(grad_weights: Any, query: Any, key: Any, *
     return _flops(query, key, key, rest[2 : 2 + _NUM_MASK], 3, 0)
 
 
+def _derivative_flops(query: int, band: int, shared: bool, of_dim: int, of_dim_v: int) -> Callable:
+    """For a derivative: where its query and its band stand, whether it has no value, its products if all is given."""
+
+    def flops(*shapes: Any, **kwargs: Any) -> int:
+        of_query, of_key, of_value = shapes[query : query + 3]
+        return _flops(of_query, of_key, of_key if shared else of_value, (shapes[band],), of_dim, of_dim_v)
+
+    return flops
+
+
 # Autocast: attention runs in the autocast dtype, with lse in its own; the losses run in float32, as torch's do. Inside
 # an operator nothing is cast again, nor in a backward that runs within the region.
 
@@ -533,17 +837,7 @@ def _autocast_kernel(name: str, key: str, device_type: str) -> Callable:
 # Registration --------------------------------------------------------------------------------------------------------
 
 
-def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """For a derivative that is refused anyway."""
-
-
-def _refuse_second_derivative(name: str) -> Callable:
-    def backward(ctx: Any, *gradients: Tensor) -> None:
-        raise RuntimeError(f"fastattn::{name}: {_ONCE}")
-
-    return backward
-
-
+_LAST = ("attention_jvp_jvp", "attention_backward_jvp", "attention_weights_jvp_jvp", "attention_weights_backward_jvp")
 _KERNELS: dict[str, tuple[Callable, Callable]] = {  # the kernel and its fake
     "attention": (_attention, _attention_fake),
     "attention_backward": (_attention_backward, _attention_backward_fake),
@@ -551,34 +845,46 @@ _KERNELS: dict[str, tuple[Callable, Callable]] = {  # the kernel and its fake
     "attention_packed_backward": (_attention_packed_backward, _attention_packed_backward_fake),
     "attention_weights": (_attention_weights, _attention_weights_fake),
     "attention_weights_backward": (_attention_weights_backward, _attention_weights_backward_fake),
+    "attention_jvp": (_attention_jvp, _attention_jvp_fake),
+    "attention_jvp_jvp": (_attention_jvp_jvp, _attention_jvp_fake),
+    "attention_backward_jvp": (_attention_backward_jvp, _attention_backward_jvp_fake),
+    "attention_weights_jvp": (_attention_weights_jvp, _attention_weights_jvp_fake),
+    "attention_weights_jvp_jvp": (_attention_weights_jvp_jvp, _attention_weights_jvp_jvp_fake),
+    "attention_weights_backward_jvp": (_attention_weights_backward_jvp, _attention_weights_backward_jvp_fake),
     "mask_tiles": (_mask_tiles, _mask_tiles_fake),
     "masked_loss": (_masked_loss, _masked_loss_fake),
     "masked_loss_backward": (_masked_loss_backward, _masked_loss_backward_fake),
 }
 _AUTOGRAD: dict[str, tuple[Callable, Callable]] = {  # the backward and what it saves
-    "attention": (_attention_gradients, _attention_setup),
-    "attention_packed": (_attention_packed_gradients, _attention_packed_setup),
-    "attention_weights": (_attention_weights_gradients, _attention_weights_setup),
+    "attention": (_attention_gradients, _save_inputs_and_output),
+    "attention_packed": (_attention_packed_gradients, _save_inputs_and_output),
+    "attention_weights": (_attention_weights_gradients, _save_inputs),
+    "attention_backward": (_attention_backward_gradients, _save_inputs),
+    "attention_packed_backward": (_attention_packed_backward_gradients, _save_inputs),
+    "attention_weights_backward": (_attention_weights_backward_gradients, _save_inputs),
+    "attention_jvp": (_attention_jvp_gradients, _save_inputs),
+    "attention_weights_jvp": (_attention_weights_jvp_gradients, _save_inputs),
+    **{name: (_refuse_third_derivative(name), _save_nothing) for name in _LAST},
     "masked_loss": (_masked_loss_gradients, _masked_loss_setup),
-    **{
-        name: (_refuse_second_derivative(name), _save_nothing)
-        for name in (
-            "attention_backward",
-            "attention_packed_backward",
-            "attention_weights_backward",
-            "masked_loss_backward",
-        )
-    },
+    "masked_loss_backward": (_masked_loss_backward_gradients, _masked_loss_backward_setup),
+}
+_TANGENT_RULES: dict[str, Callable] = {  # forward mode; the losses have it from torch
+    "attention": _attention_tangents,
+    "attention_packed": _attention_packed_tangents,
+    "attention_weights": _attention_weights_tangents,
+    "attention_backward": _attention_backward_tangents,
+    "attention_packed_backward": _attention_packed_backward_tangents,
+    "attention_weights_backward": _attention_weights_backward_tangents,
+    "attention_jvp": _attention_jvp_tangents,
+    "attention_weights_jvp": _attention_weights_jvp_tangents,
+    **{name: _refuse_third_derivative(name) for name in _LAST},
 }
 _AUTOCAST: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {  # what is cast; the dtype unless autocast's own
     "attention": ((0, 1, 2, 3), None),
     "attention_packed": ((0, 1), None),
     "attention_weights": ((0, 1, 3), None),
     "masked_loss": ((0, 1), torch.float32),
-    "attention_backward": ((), None),
-    "attention_packed_backward": ((), None),
-    "attention_weights_backward": ((), None),
-    "masked_loss_backward": ((), None),
+    **{name: ((), None) for name in SCHEMAS if name.endswith(("_backward", "_jvp"))},
 }
 _FLOPS: dict[str, Callable] = {
     "attention": _attention_flops,
@@ -587,7 +893,154 @@ _FLOPS: dict[str, Callable] = {
     "attention_packed_backward": _attention_packed_backward_flops,
     "attention_weights": _attention_weights_flops,
     "attention_weights_backward": _attention_weights_backward_flops,
+    "attention_jvp": _derivative_flops(0, 10, False, 3, 2),
+    "attention_jvp_jvp": _derivative_flops(0, 12, False, 7, 3),
+    "attention_backward_jvp": _derivative_flops(4, 12, False, 7, 5),
+    "attention_weights_jvp": _derivative_flops(0, 8, True, 3, 0),
+    "attention_weights_jvp_jvp": _derivative_flops(0, 12, True, 7, 0),
+    "attention_weights_backward_jvp": _derivative_flops(2, 10, True, 7, 0),
 }
+
+
+# vmap: the vmapped dimension becomes part of the batch. With dropout, whose random numbers depend on the index in the
+# batch, every sample is a call of its own: "same" then drops the same elements in all of them.
+
+_REPEATING = {  # of batch B or 1
+    *("bias", "tangent_bias", "other_bias", "prefix_lengths", "key_lengths", "key_keep"),
+    *("query_segments", "key_segments", "tile_bits", "tile_live", "tile_full", "tile_live_t", "tile_full_t"),
+}
+_CONTIGUOUS = _REPEATING | {"lse", "grad_lse", "tangent_grad_lse", "tangent_lse", "other_lse"}
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+def _folded(x: Tensor, dim: int | None, samples: int, batch: int) -> Tensor:
+    """(batch | 1, ...) with `samples` in front at `dim`, or without them, as (samples * batch, ...)."""
+    x = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
+    return x.expand(samples, batch, *x.shape[2:]).flatten(0, 1)
+
+
+def _fold_rule(name: str) -> Callable:
+    operator = getattr(torch.ops.fastattn, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+    returned = [value.name for value in operator._schema.returns]
+    of_batch = names.index("qkv" if "qkv" in names else "query")
+    each_sample = _each_sample_rule(name)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        given = dict(zip(names, arguments, strict=True))
+        if given["dropout_p"] > 0:
+            return each_sample(info, in_dims, *arguments)
+        samples, bias = info.batch_size, given["bias"]
+        first = arguments[of_batch]
+        batch = first.shape[1 if in_dims[of_batch] == 0 else 0]
+        of_bias = bias is not None and given.get("need_grad_bias", False)
+        folded = []
+        for argument, x, dim in zip(names, arguments, in_dims, strict=True):
+            if isinstance(x, Tensor) and argument != "dropout_seed":
+                repeats = argument in _REPEATING and dim is None and x.shape[0] == 1
+                if not repeats or (of_bias and argument == "bias"):  # every sample has its own gradient of the bias
+                    x = _folded(x, dim, samples, batch)
+                x = x.contiguous() if argument in _CONTIGUOUS and argument != "bias" else _unit_stride(x)
+            folded.append(x)
+        outputs = operator(*folded)
+        alone = isinstance(outputs, Tensor)
+        results: list[Tensor] = []
+        dims: list[int | None] = []
+        for output, label in zip((outputs,) if alone else outputs, returned, strict=True):
+            if label == "grad_bias" and not of_bias:
+                results.append(output)
+                dims.append(None)
+                continue
+            output = output.unflatten(0, (samples, batch))
+            if label == "grad_bias" and batch != 1 and bias.shape[1 if in_dims[names.index("bias")] == 0 else 0] == 1:
+                output = output.sum(1, keepdim=True)
+            results.append(output)
+            dims.append(0)
+        return (results[0], dims[0]) if alone else (tuple(results), tuple(dims))
+
+    return rule
+
+
+def _each_sample_rule(name: str) -> Callable:
+    operator = getattr(torch.ops.fastattn, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        samples = []
+        for n in range(info.batch_size):
+            chosen = (
+                _unit_stride(x.select(dim, n)) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(arguments, in_dims, strict=True)
+            )
+            samples.append(operator(*chosen))
+        if isinstance(samples[0], Tensor):
+            return torch.stack(samples), 0
+        return tuple(torch.stack(parts) for parts in zip(*samples, strict=True)), (0,) * len(samples[0])
+
+    return rule
+
+
+def _mask_tiles_rule(info: Any, in_dims: tuple[Any, ...], masks: list[Tensor], *rest: Any) -> Any:
+    # (B|1, H|1, L|1, S|1) each, with the vmapped dimension at its place
+    of_batch = [x.shape[1 if dim == 0 else 0] for x, dim in zip(masks, in_dims[0], strict=True)]
+    batch = max(of_batch)
+    folded = [
+        x if dim is None and size == 1 else _folded(x, dim, info.batch_size, batch)
+        for x, dim, size in zip(masks, in_dims[0], of_batch, strict=True)
+    ]
+    outputs = torch.ops.fastattn.mask_tiles(folded, *rest)
+    return tuple(output.unflatten(0, (info.batch_size, batch)) for output in outputs), (0,) * len(outputs)
+
+
+_VMAP_RULES: dict[str, Callable[[str], Callable]] = {
+    **{name: _fold_rule for name in SCHEMAS if name.startswith("attention")},
+    "mask_tiles": lambda name: _mask_tiles_rule,
+    "masked_loss": _each_sample_rule,
+    "masked_loss_backward": _each_sample_rule,
+}
+
+
+# Transforms. The autograd that torch.library generates leaves tangents at zero, and so does torch.compile even where an
+# autograd.Function knows better (pytorch #192985). The functions at the end of this file take another way.
+
+
+def _refusal(what: str) -> RuntimeError:
+    return RuntimeError(
+        f"fastattn: {what} is there for the functions of fastattn, called outside torch.compile; not for an operator "
+        "and not in compiled code"
+    )
+
+
+_FORWARD_MODE = "forward-mode differentiation (jvp, jacfwd, hessian, dual numbers)"
+
+
+def _refuse_transforms(arguments: Sequence[Any]) -> None:
+    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():
+        raise _refusal(_FORWARD_MODE)
+    if (
+        torch._C._are_functorch_transforms_active()
+        and torch.is_grad_enabled()
+        and torch._C._any_requires_grad(*arguments)
+    ):
+        raise _refusal("a gradient under the transforms of torch.func (grad, vjp, jacrev, vmap)")
+
+
+def _autograd_kernel(name: str) -> Callable:
+    # torch.library.register_autograd, which would leave tangents at zero.
+    backward, setup = _AUTOGRAD[name]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup(ctx, inputs, output)
+
+    generated = make_autograd_impl(getattr(torch.ops.fastattn, name).default, Info(backward, setup_context))
+
+    def kernel(keyset: Any, *arguments: Any, **named: Any) -> Any:
+        _refuse_transforms(arguments)
+        return generated(keyset, *arguments, **named)
+
+    return kernel
 
 
 def _register() -> torch.library.Library:
@@ -598,8 +1051,8 @@ def _register() -> torch.library.Library:
         library.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
         if name in _AUTOGRAD:
-            backward, setup = _AUTOGRAD[name]
-            torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=library)
+            library.impl(name, _autograd_kernel(name), "Autograd", with_keyset=True)
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", _VMAP_RULES[name](name), lib=library)
         if name in _AUTOCAST:
             for key, device_type in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
                 library.impl(name, _autocast_kernel(name, key, device_type), key)
@@ -632,18 +1085,17 @@ def _is_watched() -> bool:
     )
 
 
-def _refuse_forward_mode(name: str, tensors: tuple[Any, ...]) -> None:
-    # torch gives an operator without a rule for tangents tangents of zero.
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"fastattn::{name} has no forward-mode derivative (jvp, jacfwd, hessian)")
+def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable | None = None) -> Callable:
+    """The operator as a function; its first `num_tensors` arguments are the tensors that may need a gradient.
 
-
-def _call(name: str, num_tensors: int) -> Callable:
-    """The operator as a function; its first `num_tensors` arguments are the tensors that may need a gradient."""
+    anchor: the number of one that is never None. differentiable: the same made of torch's functions, for forward mode
+    and vmap; without it the operator has rules for both.
+    """
     operator = getattr(torch.ops.fastattn, name).default
     kernel = _KERNELS[name][0]
     gradients, setup = _AUTOGRAD[name]
+    # A gradient of torch.autograd.grad(is_grads_batched=True) is batched in a way that is no transform of torch.func.
+    in_backward = name.endswith(("_backward", "_jvp"))
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -655,39 +1107,124 @@ def _call(name: str, num_tensors: int) -> Callable:
         backward = staticmethod(gradients)
 
     class Transformed(torch.autograd.Function):
-        """The form that torch.func takes. It costs more: torch inspects the signature at every call."""
+        """The form that torch.func and forward mode take. It costs more: torch inspects the signature at every call."""
 
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*arguments: Any) -> Any:
-            return operator(*arguments)
+            return operator(*_opened(arguments))
 
-        setup_context = staticmethod(setup)
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, _opened(inputs), output)
+
         backward = staticmethod(gradients)
+        if name in _TANGENT_RULES:
+            jvp = staticmethod(_TANGENT_RULES[name])
 
     Function.__name__ = Function.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = f"fastattn_{name}"
 
     def run(arguments: Sequence[Any]) -> Any:
         needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:num_tensors])
-        if torch._C._are_functorch_transforms_active():
-            return Transformed.apply(*arguments) if needs_grad else operator(*arguments)
         return Function.apply(*arguments) if needs_grad else kernel(*arguments)
+
+    def transform(arguments: Sequence[Any]) -> Any:
+        if torch.compiler.is_compiling():  # a frame that torch.compile entered on its own, below one that was refused
+            raise _refusal(_FORWARD_MODE)
+        if differentiable is not None and _is_beyond_gradients():
+            return differentiable(*arguments)
+        return Transformed.apply(*(_Closed(x) if isinstance(x, list) else x for x in arguments))
+
+    def without_autocast(function: Callable, arguments: Sequence[Any]) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(arguments)
+        device_type = arguments[anchor].device.type
+        if device_type == "meta":  # which has no autocast
+            return function(arguments)
+        cast = _cast(name, tuple(arguments), device_type) if torch.is_autocast_enabled(device_type) else arguments
+        with torch.autocast(device_type, enabled=False):
+            return function(cast)
 
     def call(*arguments: Any) -> Any:
         tensors = arguments[:num_tensors]
         if forward_ad._current_level >= 0:
-            _refuse_forward_mode(name, tensors)
-        if _is_watched() or not all(x is None or type(x) in _PLAIN for x in tensors) or tensors[0].is_meta:
+            if torch.compiler.is_compiling():
+                raise _refusal(_FORWARD_MODE)
+            if torch._C._is_fwd_grad_enabled():
+                return without_autocast(transform, arguments)
+        if (
+            _is_watched()
+            or not all(x is None or type(x) in _PLAIN for x in tensors)
+            or tensors[anchor].is_meta
+            or (in_backward and not all(x is None or torch._C._has_storage(x) for x in tensors))
+        ):
+            if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+                return without_autocast(transform, arguments)
             return operator(*arguments)
-        if torch._C._is_any_autocast_enabled():
-            device_type = tensors[0].device.type
-            cast = _cast(name, arguments, device_type) if torch.is_autocast_enabled(device_type) else arguments
-            with torch.autocast(device_type, enabled=False):
-                return run(cast)
-        return run(arguments)
+        if torch._C._are_functorch_transforms_active():
+            return without_autocast(transform, arguments)
+        return without_autocast(run, arguments) if torch._C._is_any_autocast_enabled() else run(arguments)
 
     return call
+
+
+class _Closed:
+    """A list as one argument: torch's vmap of a jvp miscounts the arguments of a Function that has lists among them."""
+
+    def __init__(self, values: list[int]) -> None:
+        self.values = values
+
+
+def _opened(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(x.values if isinstance(x, _Closed) else x for x in arguments)
+
+
+def _is_beyond_gradients() -> bool:
+    """Whether forward mode or vmap is at work, and not only gradients."""
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(interpreter.key() != torch._C._functorch.TransformType.Grad for interpreter in stack)
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """The identity, for a tensor that no derivative reaches."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing to keep."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise RuntimeError("fastattn::masked_loss: no derivative reaches a target that is normalised")
+
+    jvp = backward
+
+
+def _fixed_target(target: Tensor, normalize_target: bool) -> Tensor:
+    return _WithoutDerivative.apply(target) if normalize_target else target
+
+
+def _differentiable_loss(input: Tensor, target: Tensor, mask: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    kind, reduction, patch_size, beta, normalize_target, eps, _, _ = rest
+    target = _fixed_target(target, normalize_target)
+    loss = reference_loss.differentiable_loss(
+        input, target, mask, kind, reduction, patch_size, beta, normalize_target, eps
+    )
+    return loss, input.new_empty(0)
+
+
+def _differentiable_loss_backward(grad_loss: Tensor, input: Tensor, target: Tensor, mask: Tensor, *rest: Any) -> Tensor:
+    kind, patch_size, beta, normalize_target, eps, _ = rest
+    target = _fixed_target(target, normalize_target)
+    return reference_loss.times_slope(grad_loss, input, target, mask, kind, patch_size, beta, normalize_target, eps)
 
 
 attention = _call("attention", 4)
@@ -696,5 +1233,11 @@ attention_packed = _call("attention_packed", 2)
 attention_packed_backward = _call("attention_packed_backward", 6)
 attention_weights = _call("attention_weights", 4)
 attention_weights_backward = _call("attention_weights_backward", 5)
-masked_loss = _call("masked_loss", 2)
-masked_loss_backward = _call("masked_loss_backward", 3)
+attention_jvp = _call("attention_jvp", 10)
+attention_jvp_jvp = _call("attention_jvp_jvp", 12)
+attention_backward_jvp = _call("attention_backward_jvp", 12, anchor=4)
+attention_weights_jvp = _call("attention_weights_jvp", 8)
+attention_weights_jvp_jvp = _call("attention_weights_jvp_jvp", 12)
+attention_weights_backward_jvp = _call("attention_weights_backward_jvp", 10, anchor=2)
+masked_loss = _call("masked_loss", 2, differentiable=_differentiable_loss)
+masked_loss_backward = _call("masked_loss_backward", 3, differentiable=_differentiable_loss_backward)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch._dynamo.utils
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.export import Dim
 from torch.library import opcheck
 from torch.testing import assert_close
@@ -288,30 +287,6 @@ def test_outputs_share_no_memory_with_inputs(backend):
     assert not pointers & {x.untyped_storage().data_ptr() for x in outputs}
 
 
-def second_derivative(loss, *inputs):
-    gradients = torch.autograd.grad(loss, inputs, create_graph=True)
-    sum(gradient.sum() for gradient in gradients).backward()
-
-
-def test_second_derivatives_are_refused(backend):
-    sample = Sample(bias=(1, 4, 1, 11))
-    query, key, value, bias = sample.attention(backend)[:4]
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        second_derivative(fastattn.attention(query, key, value, bias=bias).sum(), query, bias)
-    lse = torch.zeros(2, 4, 7, requires_grad=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        second_derivative(fastattn.attention_weights(query, key, lse).sum(), query, lse)
-    qkv = torch.randn(2, 6, 3, 4, 8, requires_grad=True)
-    packed, _ = _attention_packed(qkv, mask=None, bias=None, dropout_p=0.0, scale=None, dropout_seed=None, backend=None)
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        second_derivative(packed.sum(), qkv)
-    for reduction in ("masked_mean", "none"):
-        prediction = torch.randn(2, 5, 3, requires_grad=True)
-        loss = masked_mse_loss(prediction, torch.randn(2, 5, 3), torch.ones(2, 5, dtype=bool), reduction=reduction)
-        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-            second_derivative(loss.sum(), prediction)
-
-
 def test_a_kept_graph_survives_changes_of_the_gradient(backend):
     # The gradient of a plain backward is the saved tensor itself, but not while the graph is kept.
     prediction = torch.randn(2, 5, 3, requires_grad=True)
@@ -335,7 +310,7 @@ def test_upstream_gradient_of_the_loss(backend):
 # Transforms ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.filterwarnings("error:.*batching rule")
 def test_func_grad_and_vmap_of_grad(backend):
     query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
 
@@ -348,11 +323,9 @@ def test_func_grad_and_vmap_of_grad(backend):
     queries = torch.stack((query, 2 * query))
     batched = torch.func.vmap(torch.func.grad(function))(queries)
     assert_close(batched, torch.stack([torch.func.grad(function)(x) for x in queries]))
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
-        torch.func.grad(lambda x: torch.func.grad(function)(x).sum())(query)
 
 
-@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.filterwarnings("error:.*batching rule")
 def test_vmap(backend):
     queries, keys = torch.randn(3, 2, 4, 7, 8), torch.randn(3, 2, 4, 11, 8)
     got = torch.func.vmap(lambda query, key: fastattn.attention(query, key, key, mask=Mask.causal()))(queries, keys)
@@ -362,7 +335,7 @@ def test_vmap(backend):
     assert_close(got, torch.stack(expected))
 
 
-@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.filterwarnings("error:.*batching rule")
 def test_backward_through_vmap(backend):
     prediction, target = torch.randn(3, 5, 4, requires_grad=True), torch.randn(3, 5, 4)
     counted = torch.rand(5, 1) > 0.3
@@ -374,28 +347,6 @@ def test_backward_through_vmap(backend):
     separate = prediction.detach().clone().requires_grad_()
     sum(loss(x, y) for x, y in zip(separate, target, strict=True)).backward()
     assert_close(prediction.grad, separate.grad)
-
-
-def test_forward_mode_is_refused(backend):
-    # torch would give the operator tangents of zero without a word.
-    query, key, value = (torch.randn(2, 4, 7, 8) for _ in range(3))
-    prediction, counted = torch.randn(2, 5, 3), torch.ones(2, 5, dtype=torch.bool)
-    lse = torch.zeros(2, 4, 7)
-    functions = {
-        "attention": (lambda x: fastattn.attention(x, key, value), query),
-        "attention of values": (lambda x: fastattn.attention(query, key, x), value),
-        "attention_weights": (lambda x: fastattn.attention_weights(query, key, x), lse),
-        "masked_loss": (lambda x: masked_mse_loss(x, prediction, counted), prediction),
-    }
-    for function, primal in functions.values():
-        for run in (function, torch.compile(function, backend="aot_eager")):
-            with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-                torch.func.jvp(run, (primal,), (torch.ones_like(primal),))
-        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-            function(forward_ad.make_dual(primal, torch.ones_like(primal)))
-    compiled = torch.compile(lambda x: torch.func.jvp(functions["attention"][0], (x,), (x,)), backend="aot_eager")
-    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-        compiled(query)
 
 
 @pytest.mark.filterwarnings("ignore:Converting a tensor:torch.jit.TracerWarning")

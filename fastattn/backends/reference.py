@@ -19,6 +19,7 @@ __all__ = [
     "attention_weights",
     "attention_weights_backward",
     "expand",
+    "expand_range",
     "mask_tiles",
     "masked_loss",
     "masked_loss_backward_none",
@@ -33,10 +34,20 @@ _LOW_32_BITS = 0xFFFFFFFF
 
 def expand(mask: KernelMask | None, B: int, H: int, L: int, S: int, device: torch.device) -> Tensor:
     """Who may attend, bool (B, H, L, S)."""
+    return expand_range(mask, L, S, (0, L), (0, S), device).expand(B, H, L, S)
+
+
+def expand_range(
+    mask: KernelMask | None, L: int, S: int, rows: tuple[int, int], keys: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Who may attend among a range of the queries and a range of the keys, bool (B|1, H|1, rows|1, keys|1).
+
+    The ranges are half open; the keys begin at a multiple of 64, a word of a tile map.
+    """
     keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
     if mask is None:
-        return keep.expand(B, H, L, S)
-    i, j = torch.arange(L, device=device).unsqueeze(-1), torch.arange(S, device=device)
+        return keep
+    i, j = torch.arange(*rows, device=device).unsqueeze(-1), torch.arange(*keys, device=device)
     if mask.band is not None:
         left_top, right_top, left_bottom, right_bottom = mask.band
         low, high = max(-left_top, S - L - left_bottom), min(right_top, S - L + right_bottom)
@@ -46,12 +57,14 @@ def expand(mask: KernelMask | None, B: int, H: int, L: int, S: int, device: torc
     if mask.key_lengths is not None:
         keep = keep & (j < mask.key_lengths.view(-1, 1, 1, 1))
     if mask.key_keep is not None:
-        keep = keep & mask.key_keep[:, None, None, :]
+        keep = keep & mask.key_keep[:, None, None, slice(*keys)]
     if mask.query_segments is not None and mask.key_segments is not None:
-        keep = keep & (mask.query_segments[:, None, :, None] == mask.key_segments[:, None, None, :])
+        query_ids, key_ids = mask.query_segments[:, None, slice(*rows), None], mask.key_segments[:, None, None]
+        keep = keep & (query_ids == key_ids[..., slice(*keys)])
     if mask.tile_map is not None and mask.tile_map.bits is not None:
-        keep = keep & tiles.unpack_bits(mask.tile_map.bits, S)
-    return keep.expand(B, H, L, S)
+        words = mask.tile_map.bits[:, :, slice(*rows), keys[0] // tiles.WORD : -(-keys[1] // tiles.WORD)]
+        keep = keep & tiles.unpack_bits(words, keys[1] - keys[0])
+    return keep
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -67,16 +80,24 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def philox_keep(seed: Tensor, p: float, B: int, H: int, L: int, S: int) -> Tensor:
-    """Which elements dropout keeps, bool (B, H, L, S).
+def philox_keep(
+    seed: Tensor, p: float, B: int, H: int, L: int, S: int, first: tuple[int, int, int, int] = (0, 0, 0, 0)
+) -> Tensor:
+    """Which elements dropout keeps, bool (B, H, L, S); `first` holds their first b, h, i and j, a multiple of 4.
 
     Counter (j >> 2, i, h, b), key = the low and high half of `seed`; element j takes word j & 3 and drops below
     floor(p * 2**32).
     """
     words = (S + 3) // 4
+    b, h, i, j = first
     i0, i1, i2, i3 = (
-        torch.arange(size, dtype=torch.int64, device=seed.device).view(shape)
-        for size, shape in ((words, (1, 1, 1, -1)), (L, (1, 1, -1, 1)), (H, (1, -1, 1, 1)), (B, (-1, 1, 1, 1)))
+        torch.arange(start, start + size, dtype=torch.int64, device=seed.device).view(shape)
+        for start, size, shape in (
+            (j // 4, words, (1, 1, 1, -1)),
+            (i, L, (1, 1, -1, 1)),
+            (h, H, (1, -1, 1, 1)),
+            (b, B, (-1, 1, 1, 1)),
+        )
     )
     counter = torch.broadcast_tensors(i0, i1, i2, i3)
     drawn = philox(counter, (seed & _LOW_32_BITS, (seed >> 32) & _LOW_32_BITS))

@@ -63,6 +63,12 @@ def _slope(difference: Tensor, kind: str, beta: float) -> Tensor:
     return torch.where(difference.abs() < beta, difference / beta, difference.sign())
 
 
+def _scale(counted: Tensor, input: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """What the sum over the counted elements is multiplied by."""
+    count = {"masked_mean": counted.sum(), "mean": torch.tensor(input.numel())}.get(reduction, torch.tensor(1))
+    return 1 / count.to(input.device, dtype).clamp(min=1)  # nothing counted: the sum is 0, and so is the mean
+
+
 def masked_loss(
     input: Tensor,
     target: Tensor,
@@ -85,8 +91,7 @@ def masked_loss(
     if reduction == "none":
         # Laid out like the gradient: as `input` is.
         return torch.empty_like(input).copy_(value), None
-    count = {"masked_mean": counted.sum(), "mean": torch.tensor(input.numel()), "sum": torch.tensor(1)}[reduction]
-    scale = 1 / count.to(value).clamp(min=1)  # nothing counted: the sum is 0, and so is the mean
+    scale = _scale(counted, input, reduction, value.dtype)
     loss = (value.sum(dtype=torch.float64) * scale).to(input.dtype)
     if not need_grad:
         return loss, None
@@ -108,3 +113,71 @@ def masked_loss_backward_none(
     difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
     gradient = (_slope(difference, kind, beta) * grad_loss.to(difference)).where(counted, 0)
     return torch.empty_like(input).copy_(gradient)
+
+
+# What follows is made of torch's own differentiable functions, without any write in place: it serves forward mode, vmap
+# and derivatives of every order.
+
+
+def differentiable_loss(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """The loss of `masked_loss`, for torch to differentiate."""
+    difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
+    value = _value(difference, kind, beta)
+    if reduction == "none":
+        return value.to(input.dtype)
+    scale = _scale(counted, input, reduction, value.dtype)
+    return (value.sum(dtype=torch.float64) * scale).to(input.dtype)
+
+
+def times_slope(
+    x: Tensor,
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """`masked_loss_backward_none` with `x` as grad_loss, for torch to differentiate."""
+    difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
+    return (_slope(difference, kind, beta) * x.to(difference.dtype)).where(counted, 0).to(input.dtype)
+
+
+def times_curvature(
+    x: Tensor,
+    input: Tensor | None,
+    target: Tensor | None,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """`x`, in the shape of the input, times the second derivative of the loss by that input, which is diagonal.
+
+    Only "smooth_l1" reads `input` and `target`.
+    """
+    if kind == "l1" or (kind == "smooth_l1" and beta == 0):
+        return torch.zeros_like(x)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    counted = _expand(mask, x, patch_size)
+    curved, curvature = counted, 2.0
+    if kind == "smooth_l1":
+        assert input is not None and target is not None
+        difference, _ = _difference(input, target, mask, patch_size, normalize_target, eps)
+        curved, curvature = counted & (difference.abs() < beta), 1 / beta
+    return (x.to(dtype) * (_scale(counted, x, reduction, dtype) * curvature)).where(curved, 0).to(x.dtype)
