@@ -75,7 +75,7 @@ class AttentionMask(Tensor):
     key_segments: Tensor | None  # int64 (B|1, S)
 
     _TENSORS = ("key_keep", "query_segments", "key_segments")
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -95,9 +95,10 @@ class AttentionMask(Tensor):
 
     def expanded(self) -> Tensor:
         """The mask as a bool tensor (B, 1, L, S)."""
-        return _mask_of(self).to_dense(*self.shape, device=self.device)
+        batch, heads, len_q, len_k = self.shape
+        return _mask_of(self).to_dense(batch, heads, len_q, len_k, self.device)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"AttentionMask({tuple(self.shape)}: {_mask_of(self)!r})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, int]]:
