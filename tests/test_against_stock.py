@@ -125,3 +125,53 @@ def test_any_call_gives_the_numbers_of_torch(case):
 @given(cases())
 def test_many_calls_give_the_numbers_of_torch(case):
     check(case)
+
+
+class ScaledOutput(fastattn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return out * (1 + 1e-5), weights
+
+
+class DetachedMask(fastattn.MultiheadAttention):
+    def forward(self, *args, attn_mask=None, **kwargs):
+        return super().forward(*args, attn_mask=attn_mask.detach(), **kwargs)
+
+
+class UndroppedWeights(fastattn.MultiheadAttention):
+    def forward(self, *args, **kwargs):
+        out, _ = super().forward(*args, **kwargs)
+        self.eval()
+        _, weights = super().forward(*args, **kwargs)
+        self.train()
+        return out, weights
+
+
+class OpenDeadRows(fastattn.MultiheadAttention):
+    def forward(self, *args, key_padding_mask=None, **kwargs):
+        dead = key_padding_mask.all(-1, keepdim=True)
+        return super().forward(*args, key_padding_mask=key_padding_mask & ~dead, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "fault, change, name",
+    [
+        (ScaledOutput, {}, "out"),
+        (DetachedMask, {}, "d attn_mask"),
+        (UndroppedWeights, {"dropout": 0.3}, "weights"),
+        (OpenDeadRows, {"attn_mask": "none", "padding": "bool", "masked": 1.0}, "out"),
+    ],
+)
+def test_faults_are_found(fault, change, name):
+    case = {
+        **{"layout": "batch_first", "sharing": "self", "batch": 2, "len_q": 7, "len_k": 7, "training": True},
+        **{"attn_mask": "2d_float", "padding": "none", "masked": 0.3, "is_causal": False, "need_weights": True},
+        **{"average_attn_weights": True, "contiguous": True, "seed": 1, **change},
+        "module": {"embed_dim": 8, "num_heads": 2, "dropout": change.get("dropout", 0.0), "batch_first": True},
+    }
+    case["module"]["dtype"] = torch.float32
+    ours, stock, inputs, options = build(case)
+    assert not disagreements(ours, stock, inputs, options)
+    ours.__class__ = fault
+    found = disagreements(ours, stock, inputs, options)
+    assert any(message.startswith(name + ":") for message in found), found

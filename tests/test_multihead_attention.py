@@ -880,6 +880,133 @@ def test_export():
     torch.testing.assert_close(exported(longer), block(longer), rtol=1e-10, atol=1e-10)
 
 
+# The README's table of differences ----------------------------------------------------------------
+
+
+def test_torch_differs_where_the_table_says():
+    """Torch's side of the rows. One that fails here is not a difference any more."""
+    torch.manual_seed(13)
+    stock = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(N, L, 8)
+    everything = torch.ones(N, L, dtype=torch.bool)
+    last = everything.clone()
+    last[:, :-1] = False
+    causal = torch.ones(L, L, dtype=torch.bool).triu(1)
+
+    out, _ = stock(x, x, x, key_padding_mask=everything)
+    assert out.isnan().all()
+    with torch.no_grad():
+        assert stock.eval()(x, x, x, key_padding_mask=everything, need_weights=False)[0].isnan().all()
+    stock.train()
+
+    dirty = x.clone()
+    dirty[:, -1] = float("nan")
+    assert stock(x, dirty, dirty, key_padding_mask=last)[0].isnan().all()
+
+    appended = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
+    hinted = appended(x, x, x, attn_mask=causal, is_causal=True, need_weights=False)[0]
+    assert (hinted - appended(x, x, x, attn_mask=causal, need_weights=False)[0]).abs().max() > 0.01
+    (gradient,) = torch.autograd.grad(hinted.square().sum(), appended.bias_k)
+    assert not gradient.any()
+
+    open_mask = torch.zeros_like(causal)
+    trained = stock(x, x, x, attn_mask=open_mask, is_causal=True, need_weights=False)[0]
+    assert not trained.is_contiguous()
+    with torch.no_grad():
+        evaluated = stock.eval()(x, x, x, attn_mask=open_mask, is_causal=True, need_weights=False)[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(4, 8)])
+        assert stock(nested, nested, nested, need_weights=False)[0].is_nested
+    assert (evaluated - trained).abs().max() > 0.01
+    stock.train()
+
+    with pytest.raises(AssertionError, match="4-D"):
+        stock(x, x, x, attn_mask=torch.zeros(N, 1, L, L))
+    with pytest.raises(RuntimeError, match="dtype"):
+        stock.double()(*[x.double()] * 3, attn_mask=torch.zeros(L, L))
+    stock.float()
+    with pytest.raises(RuntimeError, match="reshape"):
+        stock(x[:0], x[:0], x[:0], key_padding_mask=everything[:0], need_weights=False)
+    leaf = x.clone().requires_grad_()
+    out, _ = stock(leaf, leaf, leaf, need_weights=False)
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        gradient.sum().backward()
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(lambda x: stock(x, x, x, need_weights=False)[0], (x,), (x,))
+    for p in (-0.5, 1.5):
+        stock.dropout = p
+        with pytest.raises(RuntimeError):
+            stock(x, x, x, need_weights=False)
+
+
+def test_the_hint_is_followed_in_evaluation_as_in_training():
+    torch.manual_seed(14)
+    ours = fastattn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(N, L, 8)
+    options = {"attn_mask": torch.zeros(L, L, dtype=torch.bool), "is_causal": True, "need_weights": False}
+    trained, _ = ours(x, x, x, **options)
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(x, x, x, **options)[0], trained)
+
+
+def test_nothing_of_torch_is_called_in_between(monkeypatch):
+    """Who replaces these functions to reach inside torch's module does not reach inside ours."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("called")
+
+    for name in ("multi_head_attention_forward", "scaled_dot_product_attention"):
+        monkeypatch.setattr(nn.functional, name, fail)
+    monkeypatch.setattr(torch, "_native_multi_head_attention", fail)
+    for training, need_weights in itertools.product((True, False), (True, False)):
+        _, ours = make_pair(batch_first=True)
+        inputs = make_inputs("batch_first", "self", ours)
+        with torch.set_grad_enabled(training):
+            ours.train(training)(*inputs, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_derivatives_of_second_order_and_forward_mode(need_weights):
+    stock, ours = make_pair(batch_first=True)
+    x = make_inputs("batch_first", "self", ours)[0][:1, :3].detach().requires_grad_()
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+
+    def function(module):
+        def call(x):
+            out, weights = module(x, x, x, attn_mask=mask, need_weights=need_weights)
+            return (out, weights) if need_weights else (out,)
+
+        return call
+
+    assert torch.autograd.gradgradcheck(function(ours), (x,))
+    direction = torch.randn_like(x)
+    _, tangents = torch.func.jvp(function(ours), (x.detach(),), (direction,))
+    # Torch has them with weights only.
+    expected = torch.func.jvp(lambda x: stock(x, x, x, attn_mask=mask), (x.detach(),), (direction,))[1]
+    torch.testing.assert_close(tangents, expected[: len(tangents)], rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_below_zero_drops_nothing():
+    _, ours = make_pair(dropout=-0.5)
+    inputs = make_inputs("sequence_first", "self", ours)
+    trained = ours(*inputs, need_weights=False)[0]
+    assert torch.equal(trained, ours.eval()(*inputs, need_weights=False)[0])
+
+
+def test_weights_of_scores_in_the_thousands():
+    """Their relative error is that of lse, which is as large as the scores."""
+    torch.manual_seed(15)
+    ours = fastattn.MultiheadAttention(8, 2, batch_first=True)
+    x = 100 * torch.randn(8, 17, 8)
+    q, k, _ = nn.functional.linear(x, ours.in_proj_weight, ours.in_proj_bias).unflatten(-1, (3, 2, 4)).unbind(2)
+    largest = torch.einsum("nihd,njhd->nhij", q, k).abs().max() / 2
+    assert largest > 1000
+    _, weights = ours(x, x, x, average_attn_weights=False)
+    assert 0 < (weights.sum(-1) - 1).abs().max() < largest * 2**-23
+
+
 # Exceptions ---------------------------------------------------------------------------------------
 
 
