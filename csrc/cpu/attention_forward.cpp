@@ -17,8 +17,9 @@
 // are replaced by zeros, because 0 * NaN is NaN.
 //
 // A row's result depends on its own sequence of key tiles only: not on threads, on the order of the items or on their size.
-#include "../core/softmax.h"
+#include "attention_decode.h"
 #include "bias.h"
+#include "forward_rows.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -55,7 +56,7 @@ struct Scratch {
   int64_t ld_k, ld_v;
   T *query, *out, *row_max, *row_sum;  // per sub-tile
   T *scores, *rescale;
-  T *key, *value, *live_value, *bias, *staging;
+  T *key, *key_t, *value, *live_value, *bias, *staging;
 };
 
 template <typename T>
@@ -71,6 +72,7 @@ static Scratch<T> carve(Arena& arena, const AttentionForwardParams& p, const Pla
   s.scores = arena.take<T>(kTileN * kTileM);
   s.rescale = arena.take<T>(kTileM);
   s.key = arena.take<T>(kTileN * s.ld_k);
+  s.key_t = arena.take<T>(p.len_q % kTileM > 0 && p.len_q % kTileM <= kFewRows ? kTileN * s.ld_k : 0);
   s.value = arena.take<T>(kTileN * s.ld_v);
   s.live_value = arena.take<T>(kTileN * s.ld_v);
   s.bias = arena.take<T>(p.bias ? kTileN * kTileM : 0);
@@ -154,64 +156,6 @@ static void softmax_tile(T* scores, int64_t ld, int keys, int padded_rows, T* ro
     softmax_lanes<T, 1, kReplace>(scores, ld, keys, lane, row_max, row_sum, rescale, terms);
 }
 
-// Rows of O whose maximum grew.
-template <typename T>
-static void rescale_rows(T* out, int64_t ld, int rows, const T* factor) {
-  for (int r = 0; r < rows; ++r) {
-    if (factor[r] == T(1)) continue;
-    const Vec<T> f = broadcast(factor[r]);
-    for (int64_t d = 0; d < ld; d += kWidth<T>) store(out + r * ld + d, load<T>(out + r * ld + d) * f);
-  }
-}
-
-// ---- few rows ----
-
-// With few rows (decoding) the lanes of S^T would be mostly empty. Then a key is a lane: S [rows, 64] by products along D.
-template <typename T>
-constexpr int kFewRows = kWidth<T> / 4;
-
-// scores[j] = sum_d key[j][d] query[d]; dim is a multiple of the vector width.
-template <typename T>
-static void dot_scores(T* scores, const T* key, int64_t ld_key, int keys, const T* query, int64_t dim) {
-  constexpr int W = kWidth<T>;
-  for (int j = 0; j < keys; ++j, key += ld_key) {
-    Vec<T> even = zero<T>(), odd = zero<T>();
-    int64_t d = 0;
-    for (; d + 2 * W <= dim; d += 2 * W) {
-      even = fma(load(key + d), load(query + d), even);
-      odd = fma(load(key + d + W), load(query + d + W), odd);
-    }
-    if (d < dim) even = fma(load(key + d), load(query + d), even);
-    scores[j] = sum(even + odd);
-  }
-}
-
-// softmax_lanes for one row: bit j of the words is key j; bias may be null. What lies past the keys, up to a
-// whole vector, may be anything: it is not allowed.
-template <typename T>
-static void softmax_row(T* scores, int keys, T* row_max, T* row_sum, T* rescale, T scale, T to_log2, const T* bias,
-                        uint64_t allowed, uint64_t kept) {
-  constexpr int W = kWidth<T>;
-  Vec<T> top = broadcast(-kInfinity<T>), total = zero<T>();
-  for (int j = 0; j < keys; j += W) {
-    Vec<T> x = load<T>(scores + j);
-    if (bias) x = fma(x, broadcast(scale), load(bias + j));
-    x = lanes_of<T>(allowed >> j) ? x : broadcast(-kInfinity<T>);
-    store(scores + j, x);
-    top = max(x, top);
-  }
-  const T old_max = *row_max, tile_max = horizontal_max(top), new_max = tile_max > old_max ? tile_max : old_max;
-  const T shift = softmax_shift(new_max);
-  for (int j = 0; j < keys; j += W) {
-    const Vec<T> x = exp2((load<T>(scores + j) - shift) * to_log2);
-    total += x;
-    store(scores + j, lanes_of<T>(kept >> j) ? x : zero<T>());
-  }
-  *row_max = new_max;
-  *rescale = exp2(broadcast((old_max - shift) * to_log2))[0];
-  *row_sum = *row_sum * *rescale + sum(total);
-}
-
 // ---- one work item ----
 
 template <typename T>
@@ -270,13 +214,14 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
   const uint64_t all = bits_before(pair.keys, 0);
   Rows<T> bias{nullptr, 0};
   if (p.bias) bias = bias_rows(p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys, s.bias);
+  few_scores(s.scores, pair.key.ptr, kComputeDType<T>, pair.key.ld, pair.keys, sub.query, s.ld_k, sub.rows,
+             static_cast<int>(p.dim_qk), s.key_t, s.staging);
   for (int r = 0; r < sub.rows; ++r) {
     uint64_t allowed = all, kept = all;
     if (pair.partial()) allowed &= pair.mask->rows[r] >> pair.begin;
     if (p.dropout.p > 0)
       kept = dropout_word(p.dropout.seed, dropout_threshold(p.dropout.p), pair.b, pair.h, sub.i0 + r, pair.j0) >> pair.begin;
     T* const scores = s.scores + r * kTileN;
-    dot_scores(scores, pair.key.ptr, pair.key.ld, pair.keys, sub.query + r * s.ld_k, s.ld_k);
     softmax_row(scores, pair.keys, sub.row_max + r, sub.row_sum + r, s.rescale + r, pair.scale,
                 pair.to_log2, bias.ptr ? bias.ptr + r * bias.ld : nullptr, allowed, kept);
   }
@@ -291,13 +236,7 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   const int64_t last_row = min64(p.len_q, first_row + plan.rows_per_item);
   const int dim_qk = static_cast<int>(p.dim_qk), dim_v = static_cast<int>(p.dim_v);
 
-  // A negative scale is put into Q: the largest score must stay the largest after the product with c. So is a zero scale, or
-  // one that T cannot hold: masked scores are -inf, and 0 * -inf is NaN.
-  T scale = static_cast<T>(std::fabs(p.scale)), to_log2 = static_cast<T>(std::fabs(p.scale) * kLog2E);
-  T sign = p.scale < 0 ? T(-1) : T(1);
-  if (to_log2 < std::numeric_limits<T>::min()) scale = to_log2 = T(1), sign = T(0);
-  if (p.bias) to_log2 = static_cast<T>(kLog2E);
-
+  const ScoreScale<T> to(p);
   const KeyInterval range = key_range(p.mask, b, first_row, last_row, p.len_k);
 
   SubTile<T> sub_tiles[kMaxSubTiles];
@@ -307,7 +246,7 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
     sub.i0 = i0;
     sub.rows = static_cast<int>(min64(kTileM, last_row - i0));
     sub.padded_rows = round_up(sub.rows, W);
-    sub.few = sub.rows <= kFewRows<T>;
+    sub.few = sub.rows <= kFewRows;
     sub.started = false;
     sub.query = s.query + count * kTileM * s.ld_k;
     sub.out = s.out + count * kTileM * s.ld_v;
@@ -320,10 +259,10 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
     const void* const query = element(p.query.ptr, p.query.dtype,
                                       b * p.query.stride[0] + h * p.query.stride[1] + i0 * p.query.stride[2]);
     if (sub.few) {
-      convert_rows(sub.query, s.ld_k, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk);
-      for (int64_t d = 0; d < sub.rows * s.ld_k; ++d) sub.query[d] *= sign;
+      const auto row_of = [&](int r) { return element(query, p.query.dtype, r * p.query.stride[2]); };
+      load_few_rows(sub.query, s.ld_k, row_of, p.query.dtype, sub.rows, dim_qk, to.sign);
     } else {
-      transpose_rows<T>(sub.query, sub.padded_rows, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk, sign,
+      transpose_rows<T>(sub.query, sub.padded_rows, query, p.query.dtype, p.query.stride[2], sub.rows, dim_qk, to.sign,
                         s.staging);
     }
   }
@@ -353,7 +292,7 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       // Keys [begin, end) of the tile; those outside are dead for the whole sub-tile.
       const int begin = first_bit(mask.columns), end = end_bit(mask.columns), keys = end - begin;
 
-      const TilePair<T> pair{b, h, j0, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, scale, to_log2};
+      const TilePair<T> pair{b, h, j0, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, to.scale, to.to_log2};
       if (sub.few)
         probabilities_of_few(p, s, sub, pair);
       else
@@ -376,22 +315,11 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
     }
   }
 
-  const double kept_scale = 1.0 / (1.0 - p.dropout.p);
   for (int n = 0; n < count; ++n) {
     const SubTile<T>& sub = sub_tiles[n];
     if (!sub.started) std::memset(sub.out, 0, sub.rows * s.ld_v * sizeof(T));
-    for (int r = 0; r < sub.rows; ++r) {
-      const int64_t i = sub.i0 + r;
-      void* const out = element(p.out.ptr, p.out.dtype, b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2]);
-      store_row(out, p.out.dtype, sub.out + r * s.ld_v, dim_v,
-                static_cast<T>(softmax_normalizer(sub.row_sum[r]) * kept_scale));
-      // Rounded as the backward will round it.
-      const T largest = p.bias ? softmax_shift(sub.row_max[r]) : softmax_shift(sub.row_max[r]) * scale;
-      const double lse = softmax_lse(largest, sub.row_sum[r]);
-      void* const row_lse = element(p.lse.ptr, p.lse.dtype, (b * p.heads_q + h) * p.len_q + i);
-      if (p.lse.dtype == DType::kFloat64) *static_cast<double*>(row_lse) = lse;
-      else *static_cast<float*>(row_lse) = static_cast<float>(lse);
-    }
+    for (int r = 0; r < sub.rows; ++r)
+      store_row_result(p, to, b, h, sub.i0 + r, sub.out + r * s.ld_v, sub.row_max[r], sub.row_sum[r]);
   }
 }
 
@@ -419,6 +347,7 @@ static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, int6
 
 template <typename T>
 static int64_t workspace_bytes(const AttentionForwardParams& p) {
+  if (is_decoding(p)) return decode_workspace_bytes<T>(p);
   const Plan plan = make_plan<T>(p);
   Arena shared(nullptr), thread(nullptr);
   shared.take<int64_t>(plan.items);
@@ -429,6 +358,7 @@ static int64_t workspace_bytes(const AttentionForwardParams& p) {
 
 template <typename T>
 static void run(const AttentionForwardParams& p) {
+  if (is_decoding(p)) return decode<T>(p);
   const Plan plan = make_plan<T>(p);
   if (plan.items == 0) return;
   Arena shared(align_pointer(p.workspace)), counter(nullptr);

@@ -77,14 +77,18 @@ static void convert_row(T* dst, const void* src, DType dtype, int n, int padded)
   } else {
     const uint16_t* s = static_cast<const uint16_t*>(src);
     constexpr int W = kWidth<float>;
+    if constexpr (sizeof(T) == sizeof(float)) {  // whole vectors: a loop without a branch
+      if (dtype == DType::kBFloat16)
+        for (; d + W <= n; d += W) store(dst + d, from_bfloat16(load_halves(s + d)));
+      else
+        for (; d + W <= n; d += W) store(dst + d, from_float16(load_halves(s + d)));
+    }
     for (; d < n; d += W) {
       const int left = n - d < W ? n - d : W;
       VecHalves v{};
-      if (left == W) v = load_halves(s + d);
-      else for (int lane = 0; lane < left; ++lane) v[lane] = s[d + lane];
+      for (int lane = 0; lane < left; ++lane) v[lane] = s[d + lane];
       const Vec<float> f = from_halves(v, dtype);
-      if (sizeof(T) == sizeof(float) && left == W) store(reinterpret_cast<float*>(dst + d), f);
-      else for (int lane = 0; lane < left; ++lane) dst[d + lane] = f[lane];
+      for (int lane = 0; lane < left; ++lane) dst[d + lane] = static_cast<T>(f[lane]);
     }
     d = n;
   }
@@ -122,11 +126,28 @@ struct Rows {
 template <typename T>
 constexpr DType kComputeDType = sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32;
 
+// rows x dim of whole vectors, side by side in dst.
+template <bool kBFloat16>
+static void convert_half_rows(float* dst, const uint16_t* src, int64_t stride, int rows, int dim) {
+  for (int r = 0; r < rows; ++r, src += stride, dst += dim)
+    for (int d = 0; d < dim; d += kWidth<float>) {
+      const VecHalves v = load_halves(src + d);
+      store(dst + d, kBFloat16 ? from_bfloat16(v) : from_float16(v));
+    }
+}
+
 // rows x dim, `stride` elements apart, as T in scratch [rows][ld], ld >= dim, zero from dim on. Bits of `zero_rows` (rows <= 64) name
 // rows that are filled with zeros unread: keys nobody attends to, which may hold NaN.
 template <typename T>
 static void convert_rows(T* dst, int64_t ld, const void* src, DType dtype, int64_t stride, int rows, int dim,
                          uint64_t zero_rows = 0) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (dtype != DType::kFloat32 && dtype != DType::kFloat64 && ld == dim && dim % kWidth<float> == 0 && !zero_rows) {  // short rows are worth a plain loop
+      if (dtype == DType::kBFloat16) convert_half_rows<true>(dst, static_cast<const uint16_t*>(src), stride, rows, dim);
+      else convert_half_rows<false>(dst, static_cast<const uint16_t*>(src), stride, rows, dim);
+      return;
+    }
+  }
   for (int r = 0; r < rows; ++r) {
     if (zero_rows >> (r & 63) & 1) std::memset(dst + r * ld, 0, ld * sizeof(T));
     else convert_row(dst + r * ld, element(src, dtype, r * stride), dtype, dim, static_cast<int>(ld));
@@ -165,13 +186,11 @@ FASTATTN_INLINE Vec<T> zip_high(Vec<T> a, Vec<T> b) {
 }
 #undef FASTATTN_ZIP
 
-// W x W block: dst[c][r] = factor * src[r][c]. log2(W) rounds of perfect shuffles.
+// x[c] lane r = x[r] lane c: log2(W) rounds of perfect shuffles. Moves bits: any bits.
 template <typename T>
-static void transpose_block(T* dst, int64_t dst_ld, const T* src, int64_t src_ld, T factor) {
+FASTATTN_INLINE void transpose_vectors(Vec<T>* x) {
   constexpr int W = kWidth<T>;
-  Vec<T> x[W], y[W];
-#pragma GCC unroll 16
-  for (int r = 0; r < W; ++r) x[r] = load(src + r * src_ld) * factor;
+  Vec<T> y[W];
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
 #pragma GCC unroll 8
@@ -182,8 +201,36 @@ static void transpose_block(T* dst, int64_t dst_ld, const T* src, int64_t src_ld
 #pragma GCC unroll 16
     for (int r = 0; r < W; ++r) x[r] = y[r];
   }
+}
+
+// W x W block: dst[c][r] = factor * src[r][c].
+template <typename T>
+static void transpose_block(T* dst, int64_t dst_ld, const T* src, int64_t src_ld, T factor) {
+  constexpr int W = kWidth<T>;
+  Vec<T> x[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) x[r] = load(src + r * src_ld) * factor;
+  transpose_vectors<T>(x);
 #pragma GCC unroll 16
   for (int r = 0; r < W; ++r) store(dst + r * dst_ld, x[r]);
+}
+
+// W x 2 W block of a 16-bit type, the same: pairs of columns are moved as one lane, and converted where they end.
+template <bool kBFloat16>
+static void transpose_half_block(float* dst, int64_t dst_ld, const uint16_t* src, int64_t src_ld, float factor) {
+  constexpr int W = kWidth<float>;
+  Vec<float> x[W];
+#pragma GCC unroll 16
+  for (int r = 0; r < W; ++r) std::memcpy(&x[r], src + r * src_ld, sizeof x[r]);
+  transpose_vectors<float>(x);
+#pragma GCC unroll 16
+  for (int c = 0; c < W; ++c) {
+    const VecWords pair = bit_cast<VecWords>(x[c]);  // column 2 c in the low half
+    const Vec<float> low = kBFloat16 ? bit_cast<Vec<float>>(pair << 16) : from_float16(narrow(pair));
+    const Vec<float> high = kBFloat16 ? bit_cast<Vec<float>>(pair & 0xffff0000u) : from_float16(narrow(pair >> 16));
+    store(dst + 2 * c * dst_ld, low * factor);
+    store(dst + (2 * c + 1) * dst_ld, high * factor);
+  }
 }
 
 // dst[d][r] = factor * src[r][d] for r < rows, d < dim, converted to T; zero for rows <= r < round_up(rows, W); `ld` elements
@@ -195,6 +242,16 @@ static void transpose_rows(T* dst, int64_t ld, const void* src, DType dtype, int
   const int padded = round_up(dim, W);
   for (int r0 = 0; r0 < rows; r0 += W) {
     const int count = rows - r0 < W ? rows - r0 : W;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (count == W && (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && dim % (2 * W) == 0) {
+        const uint16_t* const halves = static_cast<const uint16_t*>(src) + r0 * stride;
+        for (int d = 0; d < dim; d += 2 * W) {
+          if (dtype == DType::kBFloat16) transpose_half_block<true>(dst + d * ld + r0, ld, halves + d, stride, factor);
+          else transpose_half_block<false>(dst + d * ld + r0, ld, halves + d, stride, factor);
+        }
+        continue;
+      }
+    }
     const T* from = staging;
     int64_t from_ld = padded;
     if (count == W && dtype == kComputeDType<T> && dim % W == 0) {

@@ -82,10 +82,10 @@ void compare(const AttentionForwardParams& p, const Result& found) {
   }
 }
 
-void test_random_problems() {
+void test_random_problems(bool decoding) {
   Random random(7);
-  for (int round = 0; round < 120; ++round) {
-    const RandomProblem problem(random);
+  for (int round = 0; round < (decoding ? 60 : 120); ++round) {
+    const RandomProblem problem(random, decoding);
     AttentionForwardParams p;
     static_cast<AttentionParams&>(p) = problem.p;
     const bool rows_first = problem.rows_first;
@@ -170,7 +170,8 @@ void test_large_scores() {
 
 int main(int argc, char** argv) {
   return run_every_level(argc, argv, "attention forward", [] {
-    test_random_problems();
+    test_random_problems(false);
+    test_random_problems(true);
     test_empty_problems();
     test_attended_nan();
     test_large_scores();

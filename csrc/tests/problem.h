@@ -104,15 +104,17 @@ struct RandomProblem {
 
   RandomProblem(const RandomProblem&) = delete;
 
-  explicit RandomProblem(Random& random) {
+  // `decoding`: few queries, keys in several parts, larger groups of heads.
+  explicit RandomProblem(Random& random, bool decoding = false) {
     const int64_t lengths[] = {1, 2, 3, 17, 48, 63, 64, 65, 113, 130, 197};
+    const int64_t caches[] = {0, 1, 64, 511, 512, 513, 600, 1025, 1100, 1536, 1700};
     const int64_t dims[] = {1, 3, 8, 16, 40, 59, 64, 80, 130};
     const DType dtypes[] = {DType::kFloat32, DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
     p.batch = random.integer(1, 2);
     p.heads_kv = random.integer(1, 2);
-    p.heads_q = p.heads_kv * random.integer(1, 2);
-    p.len_q = lengths[random.integer(0, 10)];
-    p.len_k = lengths[random.integer(0, 10)];
+    p.heads_q = p.heads_kv * (decoding ? random.integer(1, 9) : random.integer(1, 2));
+    p.len_q = decoding ? random.integer(1, 8) : lengths[random.integer(0, 10)];
+    p.len_k = decoding ? caches[random.integer(0, 10)] : lengths[random.integer(0, 10)];
     p.dim_qk = dims[random.integer(0, 8)];
     p.dim_v = dims[random.integer(0, 8)];
     const double scales[] = {1.0 / std::sqrt(static_cast<double>(p.dim_qk)), 1.0, 0.0, -0.25, 1e-60};
