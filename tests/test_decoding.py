@@ -150,8 +150,9 @@ def test_a_growing_cache_gives_the_rows_of_causal_attention(kernels):
 
 @pytest.mark.parametrize("L", [1, 4, 8, 50])
 def test_large_scores_are_the_same_in_forward_and_backward(L):
-    """One key holds all of the probability, and lse is its score, of some 1e6. The backward finds a probability of 1 only
-    when it computes the score to the last bit as the forward did: L = 50 leaves 2 rows to the forward's last tile."""
+    """One key holds all of the probability, and lse is its score, of some 1e6. The backward finds a probability of 1
+    only when it computes the score to the last bit as the forward did. L = 50 leaves 2 rows to the forward's last tile.
+    """
     query, key, value = cache(1, 2, 1, L, 3, 200)
     query, key, value = (x.requires_grad_() for x in (query * 1e3, key * 1e3, value))
     mask = Mask.key_lengths(torch.tensor([1]))
