@@ -573,7 +573,7 @@ def test_results_are_laid_out_as_torch_promises(on_cpu, active, dtype, by_length
         (flash[1], (out, query, key, key, *flashed[:6], 0.0, False, *flashed[6:8]), {}),
         (efficient[0], (query, key, key, mask, True), {}),
         (efficient[0], (query, key, key, None, False), {}),
-        (efficient[1], (out, query, key, key, mask, *found, 0.5, [True] * 3 + [False]), {}),
+        (efficient[1], (out, query, key, key, mask, *found, 0.5, [True] * 4), {}),
     ]
     to_meta = torch.utils._pytree.tree_map_only
     for operator, args, options in calls:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, ops
@@ -31,8 +30,9 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # The context manager --------------------------------------------------------------------------------------------------
 
-# The builtin itself: whoever imported it under whatever name calls this object.
-_STOCK = torch._C._nn.scaled_dot_product_attention
+_STOCK = torch._C._nn.scaled_dot_product_attention  # whoever imported it, under whatever name, calls this object
+
+_CAUSAL_BIAS = "torch.nn.attention.bias"  # whoever has a mask of that module has imported it, which takes a second
 
 
 class replace_scaled_dot_product_attention(contextlib.ContextDecorator, TorchFunctionMode):
@@ -61,7 +61,7 @@ class replace_scaled_dot_product_attention(contextlib.ContextDecorator, TorchFun
 
     Example::
 
-        with fastattn.replace_scaled_dot_product_attention():
+        with replace_scaled_dot_product_attention():
             loss = model(images).square().mean()
         loss.backward()
     """
@@ -81,18 +81,18 @@ class replace_scaled_dot_product_attention(contextlib.ContextDecorator, TorchFun
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _STOCK:
-            if not (types and any(_has_own_meaning(kind) for kind in types)):
-                return _attend(*args, **(kwargs or {}))
-        elif func in _BACKWARD:
+        instead = _INSTEAD.get(func)
+        if instead is None or (types and any(_has_own_meaning(kind) for kind in types)):
+            return func(*args, **(kwargs or {}))
+        if func in _BACKWARD:
             with self:
-                return _BACKWARD[func](*args, **(kwargs or {}))
-        return _INSTEAD.get(func, func)(*args, **(kwargs or {}))
+                return instead(*args, **(kwargs or {}))
+        return instead(*args, **(kwargs or {}))
 
 
 def _has_own_meaning(kind: type) -> bool:
     """Whether a type's `__torch_function__` is neither Tensor's, nor switched off, nor of a type treated here."""
-    if issubclass(kind, CausalBias) or getattr(kind, "__module__", "").startswith("torch.nested"):
+    if kind.__module__ == _CAUSAL_BIAS or kind.__module__.startswith("torch.nested"):
         return False
     own = kind.__torch_function__  # type: ignore[attr-defined]
     inherited = getattr(own, "__func__", None) is Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
@@ -122,7 +122,7 @@ def _attend(
         if tensor.is_nested:
             raise RuntimeError(f"{name} is a nested tensor, which is not supported: use fastattn.attention_varlen")
     try:
-        if isinstance(attn_mask, CausalBias):
+        if type(attn_mask).__module__ == _CAUSAL_BIAS:
             if is_causal:
                 raise ValueError("attn_mask must be None when is_causal is set: give the mask or the flag, not both")
             attn_mask, is_causal = _causal_mask(attn_mask, query, key)
@@ -138,9 +138,9 @@ def _attend(
         raise RuntimeError(f"scaled_dot_product_attention(): {error}") from error
 
 
-def _causal_mask(attn_mask: CausalBias, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
+def _causal_mask(attn_mask: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
     """A mask of `torch.nn.attention.bias` as (attn_mask, is_causal)."""
-    if attn_mask.variant == CausalVariant.UPPER_LEFT:
+    if attn_mask.variant.name == "UPPER_LEFT":
         return None, True
     len_q, len_k = query.shape[-2], key.shape[-2]
     keep = torch.ones(len_q, len_k, dtype=torch.bool, device=query.device)
@@ -160,16 +160,16 @@ def _no(*_: Any) -> bool:
     return False
 
 
-# Functions of torch that are written in Python give way to a mode, and then run without it. These must not:
-# a backward may lead to the second forward of a checkpoint,
-_BACKWARD: dict[Any, Callable[..., Any]] = {
-    function: _unchecked(function) for function in (Tensor.backward, torch.autograd.grad)
-}
+# A backward may lead to the second forward of a checkpoint.
+_BACKWARD = (Tensor.backward, torch.autograd.grad)
+
+# What runs in the place of torch's functions. Those that are written in Python give way to a mode and then run without
+# it, which some must not.
 _INSTEAD: dict[Any, Callable[..., Any]] = {
-    # this one calls the function itself (and is faster where it does so without the mode),
+    _STOCK: _attend,
     F.multi_head_attention_forward: _unchecked(F.multi_head_attention_forward, scaled_dot_product_attention=_attend),
-    # and this method calls super(), which torch.compile cannot trace below a mode.
-    Tensor.unflatten: torch.unflatten,
+    **{function: _unchecked(function) for function in _BACKWARD},
+    Tensor.unflatten: torch.unflatten,  # the method calls super(), which torch.compile cannot trace below a mode
 }
 
 
@@ -482,9 +482,14 @@ def _efficient_backward(
         lse = logsumexp[..., : query.shape[2]].contiguous()
         seed = philox_seed if call.dropout_p else None
         grad_bias = _backward(call, grad_out, out, lse, seed, gradients, need_grad_bias)
-        if grad_bias is not None and attn_bias is not None:
-            grad_bias = grad_bias.view(attn_bias.shape)
-        return *gradients, grad_bias
+        return *gradients, None if grad_bias is None else _aligned(grad_bias)
+
+
+def _aligned(grad_bias: Tensor) -> Tensor:
+    """The gradient of a mask with the row stride that torch promises: the next multiple of 16."""
+    length = grad_bias.shape[-1]
+    rows = grad_bias.new_empty((*grad_bias.shape[:-1], -(-length // 16) * 16))[..., :length]
+    return grad_bias if rows.stride() == grad_bias.stride() else rows.copy_(grad_bias)
 
 
 _KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
