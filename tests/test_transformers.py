@@ -555,6 +555,18 @@ def test_soft_capping_of_a_model_is_refused():
         transformers.Gemma2ForCausalLM(config)(input_ids=token_ids(None))
 
 
+def test_models_with_an_attention_of_their_own_are_refused():
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "n_layer": 2, "n_head": 4, "attn_implementation": "fastattn"}
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+    with pytest.raises(ValueError, match="modeling_bloom.*'eager'"):
+        model(input_ids=token_ids(None))
+    mask, scores = integration.attention_mask(B, L, L), torch.zeros(B, 4, L, L)
+    for misread in (lambda: scores + mask, lambda: scores.add_(mask), lambda: scores.masked_fill(mask, -1.0)):
+        with pytest.raises(ValueError, match="AttentionInterface"):
+            misread()
+    assert (scores.masked_fill(~mask, -1.0)[0, 0] == torch.ones(L, L).tril() - 1).all()
+
+
 def test_a_mask_for_other_sizes_is_refused():
     query, key, value = qkv(len_q=4, len_k=7)
     mask = integration.attention_mask(2, 4, 6, 2)

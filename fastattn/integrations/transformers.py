@@ -9,6 +9,7 @@ there is nothing but padding, as an expanded (B, 1, 1, S); neither holds L x S e
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +65,8 @@ class AttentionMask(Tensor):
 
     Query i may attend to key j when -left <= j - i <= right, key_keep[b, j], and
     query_segments[b, i] == key_segments[b, j]; a part that is None forbids nothing. Moving and slicing keep the parts;
-    any other operation sees the bool tensor, which is made for it.
+    any other operation sees the bool tensor, which is made for it. Adding it to scores, as eager attention does with
+    its own masks, raises ValueError.
     """
 
     left: int
@@ -120,6 +122,13 @@ class AttentionMask(Tensor):
         kept = cls._kept(func, args, kwargs)
         if kept is not None:
             return kept
+        aten = torch.ops.aten
+        added = func.overloadpacket in (aten.add, aten.add_)
+        if added or (func.overloadpacket in (aten.masked_fill, aten.masked_fill_) and isinstance(args[1], cls)):
+            raise ValueError(
+                "attention_mask is bool, True where attention is allowed, and cannot be added to scores or fill them: "
+                "this model does not ask transformers' AttentionInterface; use attn_implementation='eager'"
+            )
         args, kwargs = pytree.tree_map_only(AttentionMask, AttentionMask.expanded, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -188,6 +197,19 @@ def _columns(part: Tensor | None, first: int, last: int) -> Tensor | None:
     return None if part is None else part[:, first:last]
 
 
+def _check_model(config: Any) -> None:
+    """Raises ValueError for a model whose attention does not ask the interface: it would misread the mask."""
+    module = sys.modules.get(type(config).__module__.replace("configuration_", "modeling_"))
+    if module is None or hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
+        return
+    for name, value in vars(module).items():
+        if "Attention" in name and inspect.isclass(value) and value.__module__ == module.__name__:
+            raise ValueError(
+                f"attn_implementation='fastattn' is not for {module.__name__}: its attention is its own and does not "
+                "ask transformers' AttentionInterface; use 'eager'"
+            )
+
+
 def attention_mask(
     batch_size: int,
     q_length: int,
@@ -201,6 +223,7 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of a forward pass, with the arguments of transformers' `sdpa_mask`.
@@ -209,8 +232,9 @@ def attention_mask(
     (B, positions). Padding alone gives (B, 1, 1, S) expanded to (B, 1, L, S); causal, sliding window, chunked and
     packed masks, with or without padding and a cache, an `AttentionMask`. One query, mask functions of the user's own,
     and tracing with anything but padding give the bool tensor (B, 1, L, S). None is no mask at all, or a single query
-    that sees every key.
+    that sees every key. Raises ValueError for a model (by its `config`) that computes its attention in its own way.
     """
+    _check_model(config)
     if mask_function is None:
         mask_function = masking_utils.causal_mask_function
     if attention_mask is not None and attention_mask.dim() != 2:
