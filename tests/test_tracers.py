@@ -140,7 +140,8 @@ def gradients(model, inputs, seed=3):
     outputs = tensors(model(x, padding))
     generator = torch.Generator().manual_seed(4)
     loss = sum((y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum() for y in outputs)
-    return (*outputs, *torch.autograd.grad(loss, (x, *model.parameters())))
+    parameters = dict(model.named_parameters())  # which an exported program has in another order
+    return (*outputs, *torch.autograd.grad(loss, (x, *(parameters[name] for name in sorted(parameters)))))
 
 
 class Operators(TorchDispatchMode):
