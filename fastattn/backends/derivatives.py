@@ -27,7 +27,7 @@ from fastattn.backends import reference
 from fastattn.masks import KernelMask
 from fastattn.tiles import WORD
 
-_BLOCK_ELEMENTS = 2**20  # of the scores; about ten such tensors live at a time
+_BLOCK_ELEMENTS = 2**19  # of the scores; about ten such tensors live at a time
 _LEAST_ROWS = 16
 
 
