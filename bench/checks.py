@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from fastattn.bench.contenders import Bound, make_mha, mha_forward, mha_leaves
-from fastattn.bench.models import bind_model, make_model, model_inputs, real_positions
+from fastattn.bench.models import bind_model, make_model, model_inputs, real_positions, row_length
 from fastattn.bench.workloads import (
     DROPOUT_P,
     AttentionCase,
@@ -172,8 +172,11 @@ class Check:
         # A gradient that is 0 but for rounding, as that of a key's bias, says nothing.
         sizes = {name: float(value.square().mean().sqrt()) for name, value in self.values.items()}
         self.values = {name: value for name, value in self.values.items() if sizes[name] > VANISHING * sizes["out"]}
-        # Roundings add up from block to block, and back.
-        roundings = 0 if case.new_tokens else 2 * case.layers * (1 + case.backward)
+        # Roundings add up from block to block, and back; and since a row of the scores' gradient sums to nothing, what
+        # it leaves of the keys is smaller than its terms by the root of their number.
+        roundings = 0.0 if case.new_tokens else 2.0 * case.layers
+        if case.backward:
+            roundings *= 2 * math.sqrt(row_length(case))
         self.noise = {name: roundings * noise for name, noise in self._plain_noise(self.values).items()}
 
     def _plain_noise(self, values: dict[str, Tensor]) -> dict[str, Tensor]:

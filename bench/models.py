@@ -104,6 +104,13 @@ def lengths_of(case: ModelCase) -> Tensor:
     return torch.linspace(case.length, max(1, case.length // 4), case.batch).long()
 
 
+def row_length(case: ModelCase) -> int:
+    """How many keys a query attends to, at most."""
+    if case.model == "swin":
+        return SWIN_WINDOW**2
+    return (case.length // PATCH) ** 2 if case.model in PICTURES else case.length
+
+
 def model_inputs(case: ModelCase, seed: int = 0) -> dict[str, Tensor]:
     """The keyword arguments of the model's forward: random tokens with their attention mask, or random pictures."""
     generator = torch.Generator().manual_seed(seed)

@@ -157,10 +157,10 @@ def _layer_peers(case: MhaCase) -> frozenset[str]:
 def model_plans(quick: bool, device: str = "cpu") -> list[Plan]:
     """Models of transformers: training and inference, padded where there are sequences, and generation."""
     cases = []
-    for name in ("bert", "llama", "gpt2", "t5"):
+    for name, length in (("bert", 512), ("llama", 1024), ("gpt2", 512), ("t5", 512)):
         for padded, backward in product((False, True), (True, False)):
             if not quick or (name in ("bert", "llama") and padded):
-                cases.append(ModelCase(name, 2, 512, padded, backward, device=device))
+                cases.append(ModelCase(name, 2, length, padded, backward, device=device))
     for name, size in (("vit", 256), ("swin", 224), ("mae", 256)):
         cases += [ModelCase(name, 4, size, False, backward, device=device) for backward in (True, False)[: 2 - quick]]
     if not quick:
