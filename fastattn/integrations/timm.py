@@ -71,10 +71,24 @@ class Attention(timm.layers.Attention):
         return self.proj_drop(self.proj(out))
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
-        """TorchScript cannot compile our operators' callers: script timm's module over the same state."""
-        stock = timm.layers.Attention.__new__(timm.layers.Attention)
-        object.__setattr__(stock, "__dict__", self.__dict__)
-        return stock
+        """What torch.jit.script compiles in place of this module: timm's forward over the same state."""
+        scriptable = _Scriptable.__new__(_Scriptable)
+        object.__setattr__(scriptable, "__dict__", self.__dict__)
+        return scriptable
+
+
+class _Scriptable(Attention):
+    """TorchScript cannot compile our forward, so that it gets timm's.
+
+    torch.jit.script leaves this object in the model that it was given, in our module's place. It turns into our module
+    again at the first call there.
+    """
+
+    forward = timm.layers.Attention.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.__class__ = Attention
+        return self(*args, **kwargs)
 
 
 def _read_masks(attn_mask: Tensor | None, is_causal: bool) -> tuple[Mask | Tensor | None, Tensor | None]:
