@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastattn.testing.compare import compare
 from fastattn.testing.oracle import EXP_ULPS, dropout_keep, unit_roundoff
 
-NOISE_SAMPLES = 5
+# Few where they suffice; what they take for a fault is looked at again with many: a few may all be small by chance.
+NOISE_SAMPLES = (3, 30)
 # The error of an exp, and half as much again because those of neighbouring scores do not point in random directions: a
 # sum is off by more than the walk that the samples take, though by far less than the sum of all their sizes.
 NOISE_FACTOR = 1.5 * EXP_ULPS
@@ -70,10 +71,12 @@ class _Roundings(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def noise_of(function: Function, leaves: Leaves, dtype: torch.dtype, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def noise_of(
+    function: Function, leaves: Leaves, dtype: torch.dtype, expected: dict[str, Tensor], samples: int
+) -> dict[str, Tensor]:
     """The noise of each of the `expected` values for an evaluation in `dtype`."""
     largest = {name: torch.zeros_like(value) for name, value in expected.items()}
-    for seed in range(NOISE_SAMPLES):
+    for seed in range(samples):
         with _Roundings(seed):
             results = evaluate(function, leaves, dtype)
         for name, value in results.items():
@@ -86,18 +89,29 @@ def noise_of(function: Function, leaves: Leaves, dtype: torch.dtype, expected: d
 
 
 def failures(
-    ours: dict[str, Tensor], peer: dict[str, Tensor], expected: dict[str, Tensor], noise: dict[str, Tensor]
+    ours: dict[str, Tensor],
+    peer: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    answer: Function,
+    leaves: Leaves,
+    dtype: torch.dtype,
 ) -> list[str]:
-    """What is not within 1.5 times the error of the peer plus noise, in words."""
+    """What in `ours` is not within 1.5 times the error of the `peer` plus noise, in words. `expected` is what `answer`
+    gives in float64 at the `leaves`."""
     assert ours.keys() == expected.keys() == peer.keys()
-    found = []
-    for name, value in expected.items():
-        if ours[name].dtype != peer[name].dtype:
-            found.append(f"{name}: dtype {ours[name].dtype}, torch's is {peer[name].dtype}")
-        result = compare(name, ours[name], value, noise[name], peer[name])
-        if not result.ok:
-            found.append(f"{name}: {result.message}")
-    return found
+    found = [
+        f"{name}: dtype {ours[name].dtype}, torch's is {peer[name].dtype}"
+        for name in expected
+        if ours[name].dtype != peer[name].dtype
+    ]
+    suspects = list(expected)
+    for samples in NOISE_SAMPLES:
+        noise = noise_of(answer, leaves, dtype, expected, samples)
+        results = [compare(name, ours[name], expected[name], noise[name], peer[name]) for name in suspects]
+        suspects = [result.name for result in results if not result.ok]
+        if not suspects:
+            return found
+    return found + [f"{result.name}: {result.message}" for result in results if not result.ok]
 
 
 class FusedAttention(torch.autograd.Function):
@@ -243,14 +257,13 @@ def disagreements(
     reference = function(stock, rule)
     doubled = {name: leaf.detach().double() for name, leaf in leaves.items()}
     expected = evaluate(reference, doubled, dtype)
-    noise = noise_of(reference, doubled, dtype, expected)
     # Torch's own call is the peer wherever it is right, and possible: masks of no elements fail without weights.
     empty = any(x.numel() == 0 for x in inputs.values())
     sound = keep is None and not rule.seen_dead and not (hinted and appended) and not empty
-    if sound:
+    if sound:  # a wrong formula would be off by far more than what large scores cancel
         exact = evaluate(function(stock, None), doubled, dtype)
         for name, value in exact.items():
             scale = max(1.0, float(value.abs().max()))
-            torch.testing.assert_close(expected[name], value, rtol=0, atol=1e-10 * scale, msg=f"the answer for {name}")
+            torch.testing.assert_close(expected[name], value, rtol=0, atol=1e-6 * scale, msg=f"the answer for {name}")
     peer = evaluate(function(stock, None) if sound else reference, leaves, dtype)
-    return failures(evaluate(function(ours, None), leaves, dtype), peer, expected, noise)
+    return failures(evaluate(function(ours, None), leaves, dtype), peer, expected, reference, doubled, dtype)
