@@ -6,6 +6,7 @@ from fastattn.attention import (
     attention_weights,
     explain,
     scaled_dot_product_attention,
+    varlen_attn,
 )
 from fastattn.dispatch import use_backend
 from fastattn.integrations.replace import ReplacementReport, replace_multihead_attention
@@ -43,4 +44,5 @@ __all__ = [
     "replace_multihead_attention",
     "scaled_dot_product_attention",
     "use_backend",
+    "varlen_attn",
 ]
