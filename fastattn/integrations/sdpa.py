@@ -32,7 +32,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _STOCK = torch._C._nn.scaled_dot_product_attention  # whoever imported it, under whatever name, calls this object
 
-_CAUSAL_BIAS = "torch.nn.attention.bias"  # whoever has a mask of that module has imported it, which takes a second
+_CAUSAL_BIAS = "torch.nn.attention.bias"  # not imported here: that takes a second, and who has its masks has it
 
 
 class replace_scaled_dot_product_attention(contextlib.ContextDecorator, TorchFunctionMode):
@@ -160,6 +160,11 @@ def _no(*_: Any) -> bool:
     return False
 
 
+def _unflatten(tensor: Tensor, dim: Any, sizes: Any) -> Tensor:
+    # The method calls super(), which torch.compile cannot trace below a mode; what it adds is about named dimensions.
+    return torch.unflatten(tensor, dim, sizes) if torch.compiler.is_compiling() else tensor.unflatten(dim, sizes)
+
+
 # A backward may lead to the second forward of a checkpoint.
 _BACKWARD = (Tensor.backward, torch.autograd.grad)
 
@@ -169,7 +174,7 @@ _INSTEAD: dict[Any, Callable[..., Any]] = {
     _STOCK: _attend,
     F.multi_head_attention_forward: _unchecked(F.multi_head_attention_forward, scaled_dot_product_attention=_attend),
     **{function: _unchecked(function) for function in _BACKWARD},
-    Tensor.unflatten: torch.unflatten,  # the method calls super(), which torch.compile cannot trace below a mode
+    Tensor.unflatten: _unflatten,
 }
 
 
