@@ -246,7 +246,7 @@ def attention_mask(
     if keep is not None:
         keep = keep[:, kv_offset : kv_offset + kv_length].bool()
     tracing = is_tracing(keep) or (isinstance(q_offset, Tensor) and is_tracing(q_offset))
-    if keep is not None and not tracing and bool(keep.all()):
+    if keep is not None and not tracing and not keep.is_meta and bool(keep.all()):
         keep = None
 
     if mask_function is masking_utils.bidirectional_mask_function:
@@ -409,7 +409,7 @@ def attention_forward(
     mask (True = may attend) or a float one, added to the scores; broadcastable to (B, Hq, L, S). Without one, a module
     that is causal (`is_causal`, else ``module.is_causal``) is masked from the top left. position_bias: float, added to
     the scores. Both may have a gradient. s_aux: attention sinks, one score for each head (Hq,), in the denominator of
-    the softmax. sliding_window is in the mask already.
+    the softmax. sliding_window: a mask holds it already; without one, it narrows the causal band.
 
     Returns out (B, L, Hq, Dv), contiguous, and the weights (B, Hq, L, S), after dropout and differentiable, where
     ``output_attentions`` asks for them, else None.
@@ -518,7 +518,7 @@ def simmim_loss(outputs: Any, pixel_values: Tensor, bool_masked_pos: Tensor, pat
         patch_size: p, ``config.patch_size`` of the model.
 
     Returns:
-        A scalar of the dtype of the reconstruction, differentiable in it.
+        A scalar of the dtype of the reconstruction or float32, whichever is wider, differentiable in it.
 
     Raises:
         TypeError, ValueError: as `fastattn.masked_l1_loss`, and where `bool_masked_pos` is not the patch grid.
