@@ -10,6 +10,7 @@ from fastattn.attention import (
 )
 from fastattn.dispatch import use_backend
 from fastattn.integrations.replace import ReplacementReport, replace_multihead_attention
+from fastattn.integrations.sdpa import register_flash_attention_impl, replace_scaled_dot_product_attention
 from fastattn.losses import masked_l1_loss, masked_mse_loss, masked_smooth_l1_loss
 from fastattn.masks import Mask
 from fastattn.nn import (
@@ -41,7 +42,9 @@ __all__ = [
     "masked_l1_loss",
     "masked_mse_loss",
     "masked_smooth_l1_loss",
+    "register_flash_attention_impl",
     "replace_multihead_attention",
+    "replace_scaled_dot_product_attention",
     "scaled_dot_product_attention",
     "use_backend",
     "varlen_attn",
