@@ -115,25 +115,25 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(tensor.device.type)
 
 
-def _check_bias(bias: Any, query: Tensor, sizes: _Sizes) -> Tensor:
-    """The bias with 4 dimensions."""
+def _check_bias(bias: Any, query: Tensor, sizes: _Sizes, name: str = "bias") -> Tensor:
+    """The bias with 4 dimensions. `name` is the argument that the caller gave it as."""
     if not isinstance(bias, Tensor):
-        raise TypeError(f"bias must be a float tensor, got {type(bias).__name__}")
-    accepted = "bias must be broadcastable to (B, Hq, L, S)"
+        raise TypeError(f"{name} must be a float tensor, got {type(bias).__name__}")
+    accepted = f"{name} must be broadcastable to (B, Hq, L, S)"
     wanted = sizes[:4]
     if bias.dim() > 4:
         raise ValueError(f"{accepted} = {wanted}, got {tuple(bias.shape)}")
     if bias.dtype != query.dtype and bias.dtype != torch.float32:
         autocast = _autocasts(query.device) and bias.dtype in KERNEL_DTYPES
         if not autocast:
-            raise TypeError(f"bias must have the dtype of query, {query.dtype}, or be float32, got {bias.dtype}")
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, or be float32, got {bias.dtype}")
     if bias.device != query.device:
-        raise ValueError(f"bias must be on the device of query, {query.device}, got {bias.device}")
+        raise ValueError(f"{name} must be on the device of query, {query.device}, got {bias.device}")
     if bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     for size, full in zip(bias.shape, wanted, strict=True):
         if size != 1 and size != full:
-            raise ValueError(f"{accepted} = {wanted}, got a bias viewed as {tuple(bias.shape)}")
+            raise ValueError(f"{accepted} = {wanted}, got a tensor viewed as {tuple(bias.shape)}")
     return bias
 
 
@@ -807,7 +807,7 @@ def scaled_dot_product_attention(
         if attn_mask.dtype == torch.bool:
             mask = attn_mask
         else:
-            bias = attn_mask
+            bias = _check_bias(attn_mask, query, _check_inputs(query, key, value), "attn_mask")
     out, _ = _attention_with_seed(
         *(query, key, value),
         mask=mask,

@@ -1,6 +1,7 @@
 """`fastattn.MultiheadAttention` against `torch.nn.MultiheadAttention`, argument by argument."""
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -212,6 +213,16 @@ def test_four_dimensional_masks_broadcast(shape, appended, kind):
     torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
+def test_a_mask_of_three_dimensions_for_one_head_of_one_batch():
+    torch.manual_seed(16)
+    stock = nn.MultiheadAttention(E, 1, batch_first=True)
+    ours = copy.deepcopy(stock)
+    ours.__class__ = fastattn.MultiheadAttention
+    query, key = torch.randn(1, L, E), torch.randn(1, S, E)
+    mask = torch.randn(1, L, S)
+    torch.testing.assert_close(ours(query, key, key, attn_mask=mask), stock(query, key, key, attn_mask=mask))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_float32_masks_serve_every_dtype(dtype):
     """Torch takes them without weights; ours with weights too."""
@@ -239,6 +250,15 @@ def test_lengths_of_several_tiles(layout, masks, monkeypatch):
 # State --------------------------------------------------------------------------------------------
 
 
+def test_signatures_are_those_of_torch():
+    assert nn.MultiheadAttention.__module__ == "torch.nn.modules.activation"  # never replaced under its own name
+    assert fastattn.MultiheadAttention.__init__ is nn.MultiheadAttention.__init__
+    ours, stock = (inspect.signature(kind.forward) for kind in (fastattn.MultiheadAttention, nn.MultiheadAttention))
+    assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.kind, p.default) for p in stock.parameters.values()
+    ]
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_state_is_that_of_torch(module):
     states, generators, modules = [], [], []
@@ -254,6 +274,12 @@ def test_state_is_that_of_torch(module):
     assert [name for name, _ in stock.named_parameters()] == [name for name, _ in ours.named_parameters()]
     assert repr(stock) == repr(ours)
     assert isinstance(ours, nn.MultiheadAttention)
+    assert vars(stock).keys() == vars(ours).keys()
+    torch.manual_seed(5)
+    ours._reset_parameters()
+    torch.manual_seed(5)
+    stock._reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(stock.parameters(), ours.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -745,7 +771,9 @@ def test_inputs_are_not_modified():
     options = make_masks("both_float", "sequence_first", S)
     tensors = [*inputs, *options.values()]
     before = [x.detach().clone() for x in tensors]
-    ours(*inputs, **options)
+    out, weights = ours(*inputs, **options)
+    out.backward(torch.ones_like(out), retain_graph=True)
+    weights.backward(torch.ones_like(weights))
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
@@ -949,6 +977,11 @@ def test_the_hint_is_followed_in_evaluation_as_in_training():
     trained, _ = ours(x, x, x, **options)
     with torch.no_grad():
         assert torch.equal(ours.eval()(x, x, x, **options)[0], trained)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            assert torch.equal(ours(x, x, x, **options)[0], trained)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
 
 
 def test_nothing_of_torch_is_called_in_between(monkeypatch):

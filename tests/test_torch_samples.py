@@ -153,6 +153,31 @@ def test_scaled_dot_product_attention_samples(dtype):
     assert count >= 25
 
 
+@pytest.mark.parametrize(
+    "change, error",
+    [
+        ({"key": (2, 5, 8)}, ValueError),
+        ({"value": (2, 5, 4)}, ValueError),
+        ({"key": (3, 6, 4)}, ValueError),
+        ({"attn_mask": (3, 5)}, ValueError),
+        ({"dropout_p": 1.5}, ValueError),
+        ({"dtype": torch.float64}, TypeError),
+    ],
+)
+def test_scaled_dot_product_attention_names_what_does_not_fit(change, error):
+    """Torch raises a RuntimeError for each of them: a row of the README's table of differences."""
+    shapes = {"query": (2, 3, 4), "key": (2, 6, 4), "value": (2, 6, 4)} | change
+    arguments = {name: torch.randn(shape) for name, shape in shapes.items() if isinstance(shape, tuple)}
+    if "dtype" in change:
+        arguments["value"] = arguments["value"].to(change["dtype"])
+    if "dropout_p" in change:
+        arguments["dropout_p"] = change["dropout_p"]
+    with pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(**arguments)
+    with pytest.raises(error, match=next(iter(change)).replace("dtype", "value")):
+        fastattn.scaled_dot_product_attention(**arguments)
+
+
 def fused(query, key, value, attn_mask=None, is_causal=False, dropout_p=0.0, keep=None):
     bias = attn_mask
     if is_causal:

@@ -29,7 +29,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Differences from torch, all deliberate: a query that may attend to nothing gets zero attention and zero weights
     instead of NaN; a causal hint on a module that appends keys (``add_bias_kv``, ``add_zero_attn``) follows
     ``attn_mask``; the output is contiguous; evaluation runs the same code as training; ``attn_mask`` may also be 4-D
-    and broadcast to (N, num_heads, L, S).
+    and broadcast to (N, num_heads, L, S). The README has them all in one table.
 
     Source: "Attention Is All You Need", https://arxiv.org/abs/1706.03762.
     """
