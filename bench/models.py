@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +18,7 @@ SWIN_PATCH, SWIN_WINDOW = 4, 7
 
 
 def why_missing() -> str | None:
-    """Why the suite cannot run, in one line; None when it can."""
-    if importlib.util.find_spec("transformers") is None:
-        return "transformers is not installed: pip install 'transformers>=5'"
+    """Why the suite cannot run and what to install, in one line; None when it can."""
     try:
         from fastattn.integrations.transformers import register
 
