@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastattn import dispatch
 from fastattn.backends import derivatives, reference_loss
 from fastattn.backends.derivatives import Inputs
-from fastattn.masks import KernelMask
+from fastattn.masks import UNLIMITED, KernelMask
 from fastattn.tiles import TileMap
 
 NAMESPACE = "fastattn"
@@ -82,8 +82,10 @@ SCHEMAS: dict[str, str] = {
 
 def flatten_mask(mask: KernelMask | None) -> tuple[Any, ...]:
     """The mask as the arguments that every attention operator takes."""
+    # AOTInductor hands an empty list of an exported program over as None, which the operators refuse.
+    exporting = torch.compiler.is_exporting()
     if mask is None:
-        return _NO_MASK
+        return _NO_MASK_EXPORTED if exporting else _NO_MASK
     tiles = mask.tile_map
     tile_arguments: tuple[Any, ...] = (None, None, None, None, None, 0, 0)
     if tiles is not None:
@@ -92,7 +94,7 @@ def flatten_mask(mask: KernelMask | None) -> tuple[Any, ...]:
             *(tiles.block_m, tiles.block_n),
         )
     return (
-        list(mask.band or ()),
+        list(mask.band or (_WHOLE_BAND if exporting else ())),
         mask.prefix_lengths,
         mask.key_lengths,
         mask.key_keep,
@@ -102,14 +104,17 @@ def flatten_mask(mask: KernelMask | None) -> tuple[Any, ...]:
     )
 
 
+_WHOLE_BAND = (UNLIMITED,) * 4  # excludes nothing
 _NO_MASK: tuple[Any, ...] = ([], *[None] * 10, 0, 0)
+_NO_MASK_EXPORTED: tuple[Any, ...] = (list(_WHOLE_BAND), *_NO_MASK[1:])
 
 
 def unflatten_mask(arguments: tuple[Any, ...], len_q: int, len_k: int, backend: str) -> KernelMask | None:
     """The inverse of `flatten_mask`."""
     band, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, bits = arguments[:7]
+    band = None if not band or tuple(band) == _WHOLE_BAND else tuple(band)
     present = (prefix_lengths, key_lengths, key_keep, query_segments, key_segments, bits)
-    if not band and all(x is None for x in present):
+    if band is None and all(x is None for x in present):
         return None
     tile_map = None
     if bits is not None:
@@ -119,7 +124,7 @@ def unflatten_mask(arguments: tuple[Any, ...], len_q: int, len_k: int, backend: 
             bits, live, full, live_t, full_t = dispatch.load(backend).mask_tiles([bits], *sizes)
         tile_map = TileMap(bits, live, full, live_t, full_t, block_m, block_n, len_q, len_k)
     return KernelMask(
-        band=tuple(band) if band else None,
+        band=band,
         prefix_lengths=prefix_lengths,
         key_lengths=key_lengths,
         key_keep=key_keep,
@@ -360,7 +365,8 @@ def _attention_weights_backward_jvp_fake(*arguments: Any) -> tuple[Tensor, Tenso
 
 _THIRD = (
     "attention has derivatives up to the second order, and this is the third; where you need it, use torch's own "
-    "functions"
+    "functions. For a product with the Hessian take torch.func.jvp of torch.func.grad or torch.autograd.functional.vhp: "
+    "torch.autograd.functional.hvp goes through the third"
 )
 
 

@@ -1,6 +1,8 @@
 """What traces, compiles, exports or counts a model sees our operator, and gives the numbers of torch's own module."""
 
 import copy
+import functools
+import io
 import warnings
 
 import pytest
@@ -89,6 +91,7 @@ KINDS = {  # how each is made, and how many attentions it has
 pytestmark = [
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
     pytest.mark.filterwarnings("ignore:`torch.jit"),
+    pytest.mark.filterwarnings("ignore:.norm. was found in ScriptModule constants"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),
 ]
@@ -267,6 +270,9 @@ def check_export(kind, strict, training):
         assert in_graph(program.graph) == KINDS[kind][1]
         decomposed = program.run_decompositions()
         assert in_graph(decomposed.graph) == KINDS[kind][1]
+        # AOTInductor would hand an empty list over as None.
+        called = [node for node in program.graph.nodes if str(node.target).startswith("fastattn.")]
+        assert called and not any(argument == [] for node in called for argument in node.args)
         for inputs in (make_inputs(1, 2), make_inputs(5, 130)):
             expected = stock(*inputs)
             assert_same(program.module()(*inputs), expected)
@@ -301,6 +307,36 @@ def test_export(kind, strict, training):
 )
 def test_export_of_every_layer(kind, strict, training):
     check_export(kind, strict, training)
+
+
+def test_exported_and_traced_programs_through_a_file():
+    stock, ours = make("weights")
+    ours.eval()
+    inputs, others = make_inputs(), make_inputs(5, 130)
+    file = io.BytesIO()
+    torch.export.save(export(ours, strict=False), file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(ours, inputs), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    for program in (loaded, traced, torch.jit.freeze(traced)):
+        for each in (inputs, others):
+            assert_same(program(*each), stock(*each))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["weights", "encoder"], indirect=True)
+def test_aot_inductor(kind, tmp_path):
+    """A compiled library: our operators are called back from it, in a process that has imported fastattn."""
+    stock, ours = make(kind)
+    with torch.no_grad():
+        program = export(ours.eval(), strict=False)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(path)
+        for inputs in (make_inputs(), make_inputs(5, 130)):
+            assert_same(compiled(*inputs), stock(*inputs))
 
 
 # torch.compile -------------------------------------------------------------------------------------
@@ -351,6 +387,15 @@ def test_compile_with_inductor(kind, training):
     # Inductor draws random numbers of its own unless told not to; the seed of the dropout is one.
     with torch._inductor.config.patch(fallback_random=True):
         check_compile(kind, training, "inductor")
+
+
+@pytest.mark.slow
+def test_compiled_autograd():
+    stock, ours = make("weights")
+    inputs = make_inputs()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        actual = gradients(ours, inputs)
+    assert_same(actual, gradients(stock, inputs), 1e-9)
 
 
 def test_compile_within_autocast():
@@ -483,4 +528,26 @@ def test_checkpointing_with_dropout(kind, use_reentrant):
     with Operators() as operators:
         actual = results(Checkpointed())
     assert operators.attentions == 2 * KINDS[kind][1]
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def test_selective_checkpointing_keeps_the_attention():
+    _, ours = make("encoder", dropout=0.3)
+    kept = functools.partial(
+        torch.utils.checkpoint.create_selective_checkpoint_contexts, [torch.ops.fastattn.attention_packed.default]
+    )
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = ours.layers
+
+        def forward(self, x, padding):
+            return torch.utils.checkpoint.checkpoint(ours, x, padding, use_reentrant=False, context_fn=kept)
+
+    inputs = make_inputs()
+    expected = gradients(ours, inputs)
+    with Operators() as operators:
+        actual = gradients(Checkpointed(), inputs)
+    assert operators.attentions == KINDS["encoder"][1]  # not computed a second time in the backward
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))

@@ -18,6 +18,8 @@ E, H, N, L = 12, 3, 2, 7
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.nn.utils.(weight|spectral)_norm` is deprecated"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.filterwarnings("ignore:All adapters are already merged"),
+    pytest.mark.filterwarnings("ignore:Already unmerged"),
 ]
 
 
