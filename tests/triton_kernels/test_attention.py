@@ -5,7 +5,17 @@ import torch
 
 import fastattn
 from fastattn import Mask, dispatch
-from fastattn.testing import Case, TermSpec, WeightsCase, check_attention, check_loss, check_weights, random_loss_cases
+from fastattn.backends.triton import config
+from fastattn.testing import (
+    Case,
+    TermSpec,
+    WeightsCase,
+    build_problem,
+    check_attention,
+    check_loss,
+    check_weights,
+    random_loss_cases,
+)
 from fastattn.testing.adapters import own_target
 from fastattn.testing.cases import TERM_KINDS, random_case
 from fastattn.testing.checks import FAIL
@@ -41,6 +51,25 @@ def case(size, **more):
 @pytest.mark.parametrize("kind", TERM_KINDS)
 def test_mask_kinds(kind, size):
     assert_passes(check_attention(own_target("triton"), case(size, heads_q=1, terms=(term(kind),))))
+
+
+# Few queries share out their keys over programs, and the heads of a group are rows of one tile.
+DECODING = [
+    dict(heads_q=4, terms=(TermSpec("key_lengths"),), len_q=1, layout="blhd"),
+    dict(heads_q=6, heads_kv=2, terms=(TermSpec("window", "bottom_right", 150, 0),), len_q=3, bias_shape=(6, 3, 1)),
+    dict(heads_q=4, terms=(TermSpec("dense", pattern="empty_rows"), TermSpec("segments")), len_q=2, dropout_p=0.3),
+    dict(
+        heads_q=20, terms=(TermSpec("causal", "bottom_right"), TermSpec("key_padding")), len_q=1, dim_v=40, scale=-0.3
+    ),
+    dict(heads_q=2, terms=(TermSpec("prefix"),), len_q=2, len_k=600, dtype=torch.bfloat16),
+]
+
+
+@pytest.mark.parametrize("more", DECODING, ids=[str(case(LONG, **more)) for more in DECODING])
+def test_decoding(more):
+    problem = build_problem(case(LONG, **more))
+    assert config.forward_split(problem.query, problem.key, 24) is not None
+    assert_passes(check_attention(own_target("triton"), problem.case, forward_only=True))
 
 
 @LONG_IS_SLOW

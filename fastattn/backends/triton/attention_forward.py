@@ -1,5 +1,6 @@
-"""Attention forward: tiled online softmax (Dao 2023, "FlashAttention-2", algorithm 1), and a single-tile path for short
-key sequences."""
+"""Attention forward: tiled online softmax (Dao 2023, "FlashAttention-2", algorithm 1), a single-tile path for short key
+sequences, and for few queries (decoding) a path that shares the keys out over programs (Dao et al. 2023,
+"Flash-Decoding")."""
 
 from __future__ import annotations
 
@@ -19,9 +20,11 @@ from fastattn.backends.triton.common import (
     dot_precision,
     dropout_factors,
     dropout_keep,
+    dropout_keep_rows,
     dropout_limit,
     full_tile,
     is_listed,
+    key_tile_range,
     load_bias,
     load_rows,
     mask_operands,
@@ -307,6 +310,148 @@ def attention_forward_short_kernel(
         )
 
 
+@triton.jit(do_not_specialize=["dropout_limit"])
+def attention_forward_split_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    part_out_ptr,  # [parts, B, Hq, L, BLOCK_DV] float32: sums of 2^((s - m) to_log2) v
+    part_max_ptr,  # [parts, B, Hq, L] float32: m
+    part_sum_ptr,  # [parts, B, Hq, L] float32: sums of 2^((s - m) to_log2)
+    seed_ptr,
+    mask,
+    tiles,  # no lists
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_bias,
+    heads_q,
+    group,
+    len_q,  # at most BLOCK_M
+    len_k,
+    num_m,  # tiles of the group's rows
+    total_rows,  # B * Hq * L
+    tiles_per_part,
+    scale,
+    to_log2,  # log2 e, with FOLD times the scale
+    dropout_limit,
+    dropout_scale,  # see dropout_factors
+    FOLD: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One part of the keys for the rows of one key head: row r is query r % L of the group's head r // L, so that each
+    tile of keys and values is read once for the whole group."""
+    pid = tl.program_id(0)
+    part = tl.program_id(1)
+    bh = (pid // num_m).to(tl.int64)
+    heads_kv = heads_q // group
+    b = bh // heads_kv
+    h_kv = bh % heads_kv
+    r = pid % num_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = r < group * len_q
+    # A row beyond the last is a query beyond the last: no mask lets it attend, and nothing of it is read.
+    i = tl.where(valid, r % len_q, len_q)
+    h = h_kv * group + tl.where(valid, r // len_q, 0)
+    rows = i[:, None]
+    heads = h[:, None]
+    k_ptr += b * stride_k[0] + h_kv * stride_k[1]
+    v_ptr += b * stride_v[0] + h_kv * stride_v[1]
+    seed = 0
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    q = load_rows(q_ptr + b * stride_q[0] + heads * stride_q[1], stride_q[2], i, valid, HEAD_DIM, BLOCK_D, True)
+    m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    first, full_first, full_last, last = key_tile_range(mask, b, pid * 0, len_q, len_k, BLOCK_M, BLOCK_N)
+    begin = tl.maximum(first, part * tiles_per_part)
+    end = tl.minimum(last, (part + 1) * tiles_per_part)
+    for tile in range(begin, end):
+        n0 = tile * BLOCK_N
+        cols = n0 + tl.arange(0, BLOCK_N)
+        live = attended_keys(mask, tiles, b, h_kv, cols, len_q, len_k)
+        k = load_rows(k_ptr, stride_k[2], cols, live, HEAD_DIM, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+        s = dot(q, tl.trans(k), None, PRECISION)
+        if not FOLD:
+            s = s * scale
+        if bias_ptr is not None:
+            s += load_bias(bias_ptr, stride_bias, b, heads, rows, cols[None, :], len_q, len_k)
+        keep = may_attend(mask, b, heads, rows, cols[None, :], n0, len_q, len_k, BLOCK_N)
+        s = tl.where(keep, s, NEG_INF)
+        p, m_i, alpha, l_i = _softmax_step(s, m_i, l_i, to_log2, True)
+        acc = acc * alpha[:, None]
+        if HAS_DROPOUT:
+            kept = dropout_keep_rows(seed, dropout_limit, b, heads, rows, n0, BLOCK_M, BLOCK_N)
+            p = tl.where(kept, p * dropout_scale, 0.0)
+        if (mask.query_segments is not None) or (mask.bits is not None):
+            # Here no arithmetic tells which keys nobody attends to: 0 * NaN would be NaN.
+            live = tl.max(keep.to(tl.int32), 0) > 0
+        v = load_rows(v_ptr, stride_v[2], cols, live, HEAD_DIM_V, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+        acc = dot(p.to(v.dtype), v, acc, PRECISION)
+
+    at = part * total_rows + (b * heads_q + h) * len_q + i
+    tl.store(part_max_ptr + at, m_i, mask=valid)
+    tl.store(part_sum_ptr + at, l_i, mask=valid)
+    dims = tl.arange(0, BLOCK_DV)
+    tl.store(part_out_ptr + at[:, None] * BLOCK_DV + dims[None, :], acc, mask=valid[:, None])
+
+
+@triton.jit
+def attention_forward_merge_kernel(
+    part_out_ptr,  # of attention_forward_split_kernel
+    part_max_ptr,
+    part_sum_ptr,
+    out_ptr,
+    lse_ptr,
+    stride_o,
+    heads_q,
+    len_q,
+    total_rows,
+    num_parts,
+    scale,
+    to_log2,
+    dropout_rest,
+    FOLD: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,  # holds every part
+):
+    """One row: its parts in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    b = row // (heads_q * len_q)
+    h = row // len_q % heads_q
+    i = row % len_q
+    parts = tl.arange(0, BLOCK_PARTS)
+    m = tl.load(part_max_ptr + parts * total_rows + row, mask=parts < num_parts, other=NEG_INF)
+    top = tl.max(m, 0)
+    shift = tl.where(top == NEG_INF, 0.0, top)
+    dims = tl.arange(0, BLOCK_DV)
+    acc = tl.zeros([BLOCK_DV], tl.float32)
+    l_i = shift * 0.0
+    for part in range(0, num_parts):
+        at = part * total_rows + row
+        factor = tl.math.exp2((tl.load(part_max_ptr + at) - shift) * to_log2)
+        l_i += tl.load(part_sum_ptr + at) * factor
+        acc += tl.load(part_out_ptr + at * BLOCK_DV + dims) * factor
+    empty = l_i == 0.0  # NaN is not empty
+    out = acc * (dropout_rest / tl.where(empty, 1.0, l_i))
+    out_ptr += b * stride_o[0] + h * stride_o[1] + i * stride_o[2]
+    tl.store(out_ptr + dims, out.to(out_ptr.dtype.element_ty), mask=dims < HEAD_DIM_V)
+    if FOLD:
+        top = top * scale
+    lse = tl.where(empty, NEG_INF, top + tl.math.log2(tl.where(empty, 1.0, l_i)) * LN2)
+    tl.store(lse_ptr + row, lse)
+
+
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -364,9 +509,31 @@ def attention_forward(
             *tensors, tiles, *strides, *sizes, num_m, *scalars, **constants, **chosen.constants()
         )
 
+    def launch_split(chosen: config.Config, tiles_per_part: int) -> None:
+        group = Hq // key.shape[1]
+        num_m = triton.cdiv(group * L, chosen.block_m)
+        num_parts = triton.cdiv(triton.cdiv(S, chosen.block_n), tiles_per_part)
+        part_out = query.new_empty((num_parts, lse.numel(), block_dim(Dv)), dtype=torch.float32)
+        part_max, part_sum = query.new_empty((2, num_parts, lse.numel()), dtype=torch.float32)
+        attention_forward_split_kernel[(B * key.shape[1] * num_m, num_parts)](
+            *(query, key, value, bias, part_out, part_max, part_sum, tensors[-2], operands, TileOperands()),
+            *(*strides[:-1], *sizes, num_m, lse.numel(), tiles_per_part, *scalars[:-1]),
+            **constants,
+            **chosen.constants(),
+        )
+        attention_forward_merge_kernel[(lse.numel(),)](
+            *(part_out, part_max, part_sum, out, lse, strides[-1], Hq, L, lse.numel(), num_parts),
+            *(scale, scalars[1], scalars[-1], fold, Dv, block_dim(Dv), triton.next_power_of_2(num_parts)),
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
     with on_device(query):
+        split = config.forward_split(query, key, max(D, Dv))
         short = config.forward_short(query, S, max(D, Dv))
-        if short is not None:
+        if split is not None:
+            launch_split(*split)
+        elif short is not None:
             launch_short(short)
         else:
             config.tuned("forward", query, max(D, Dv), mask, bias, launch)

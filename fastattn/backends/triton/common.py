@@ -333,14 +333,19 @@ def partial_tile(k, plan, tiles):
 
 @triton.jit
 def dropout_keep(seed, limit, b, h, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which elements of the tile at (m0, n0) survive, [BLOCK_M, BLOCK_N]: the rule of csrc/core/philox.h.
+    """Which elements of the tile at (m0, n0) survive, [BLOCK_M, BLOCK_N]: the rule of csrc/core/philox.h."""
+    return dropout_keep_rows(seed, limit, b, h, (m0 + tl.arange(0, BLOCK_M))[:, None], n0, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def dropout_keep_rows(seed, limit, b, h, rows, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The same for any queries: rows [BLOCK_M, 1], and h a number or [BLOCK_M, 1].
 
     One block of Philox gives the words of four neighbouring keys, so a quarter of the tile is drawn.
     """
-    i = (m0 + tl.arange(0, BLOCK_M))[:, None]
     group = (n0 // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
-    zero = i * 0 + group * 0  # [BLOCK_M, BLOCK_N / 4]
-    w0, w1, w2, w3 = tl.philox(seed, zero + group, zero + i, zero + h.to(tl.int32), zero + b.to(tl.int32))
+    zero = rows * 0 + group * 0  # [BLOCK_M, BLOCK_N / 4]
+    w0, w1, w2, w3 = tl.philox(seed, zero + group, zero + rows, zero + h.to(tl.int32), zero + b.to(tl.int32))
     last_dropped = limit.to(tl.uint32)
     even = tl.join((w0 > last_dropped).to(tl.int8), (w2 > last_dropped).to(tl.int8))
     odd = tl.join((w1 > last_dropped).to(tl.int8), (w3 > last_dropped).to(tl.int8))

@@ -21,6 +21,9 @@ from fastattn.masks import KernelMask
 
 LOG2E = 1.4426950408889634
 SHORT_KEYS = 256  # up to this many keys are one tile
+FEW_QUERIES = 16  # up to this many queries share out their keys over programs: no tile has fewer rows
+PART_TILES = 2  # tiles of keys that are worth a program of their own
+MAX_PARTS = 64
 CAPABILITIES = (80, 90, 100)
 AUTOTUNE = os.environ.get("FASTATTN_AUTOTUNE") == "1"
 
@@ -217,6 +220,25 @@ def forward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
     if elements > 32768 or (capability(query) == 80 and (block_n > 128 or elements > 16384)):
         return None
     return Config(64, block_n, 8 if block_n > 128 or elements > 8192 else 4, 1 if elements > 16384 else 2)
+
+
+def forward_split(query: Tensor, key: Tensor, head_dim: int) -> tuple[Config, int] | None:
+    """For few queries: the configuration, and how many tiles of keys make a part. None where no part would be left over
+    for more programs. By sizes and the device alone: the same problem is always summed in the same order."""
+    batch, heads_kv, len_k, _ = key.shape
+    rows = query.shape[1] // heads_kv * query.shape[2]
+    if query.shape[2] > FEW_QUERIES or len_k <= SHORT_KEYS:
+        return None
+    dim = block_dim(head_dim)
+    if query.dtype == torch.float32:
+        chosen = Config(16, 32 if dim <= 64 else 16, 4, 2)
+    else:
+        block_m = min(64, max(16, triton.next_power_of_2(rows)))
+        chosen = Config(block_m, 128 if dim <= 64 else 64, 8 if block_m * dim > 4096 else 4, 3 if dim <= 128 else 2)
+    tiles = triton.cdiv(len_k, chosen.block_n)
+    programs = batch * heads_kv * triton.cdiv(rows, chosen.block_m)
+    parts = min(programs_wanted(query) // programs, tiles // PART_TILES, MAX_PARTS)
+    return (chosen, triton.cdiv(tiles, parts)) if parts > 1 else None
 
 
 def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
