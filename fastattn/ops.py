@@ -365,8 +365,8 @@ def _attention_weights_backward_jvp_fake(*arguments: Any) -> tuple[Tensor, Tenso
 
 _THIRD = (
     "attention has derivatives up to the second order, and this is the third; where you need it, use torch's own "
-    "functions. For a product with the Hessian take torch.func.jvp of torch.func.grad or torch.autograd.functional.vhp: "
-    "torch.autograd.functional.hvp goes through the third"
+    "functions. For a product with the Hessian take torch.func.jvp of torch.func.grad, or vhp of "
+    "torch.autograd.functional, whose hvp goes through the third"
 )
 
 

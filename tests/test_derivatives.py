@@ -270,15 +270,39 @@ def test_dual_numbers():
         assert_close(got, expected)
 
 
-def test_gradient_penalty_on_every_backend(backend):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradient_penalty_on_every_backend(backend, dtype):
     inputs, keep, options = problem("every mask")
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     with fastattn.use_backend(backend):
         penalties = []
         for function in (with_weights(options), lambda *x: plain(*x, keep, 0.7, 0.3)):
             gradients = torch.autograd.grad(scalar(function(*inputs)), inputs, create_graph=True)
             penalties.append(torch.autograd.grad(sum(x.square().sum() for x in gradients), inputs))
     for got, expected in zip(*penalties, strict=True):
-        assert_close(got, expected)
+        assert_close(
+            got,
+            expected,
+            rtol=1e-10 if dtype == torch.float64 else 1e-4,
+            atol=1e-10 if dtype == torch.float64 else 1e-4,
+        )
+
+
+def test_hessian_products_of_autograd_functional():
+    inputs, _, options = problem("window")
+    query, *others = (x.detach() for x in inputs)
+    (along,) = tensors((B, HQ, L, D))
+
+    def function(query):
+        return scalar(attend(options)(query, *others)).sin()
+
+    expected = jvp(grad(function), (query,), (along,))[1]
+    assert_close(torch.autograd.functional.vhp(function, query, along)[1], expected)
+    whole = torch.autograd.functional.hessian(function, query, vectorize=True)
+    assert_close(torch.tensordot(whole, along, 4), expected)
+    assert_close(torch.autograd.functional.jvp(function, query, along)[1], jvp(function, (query,), (along,))[1])
+    with pytest.raises(RuntimeError, match="take torch.func.jvp of torch.func.grad"):
+        torch.autograd.functional.hvp(function, query, along)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -145,12 +145,16 @@ class _Block:
         self.problem = problem
         self.batch, self.heads, self.rows, self.keys = batch, heads, slice(*rows), slice(*keys)
         self.heads_q = problem.query_heads(heads)
-        keep = reference.expand_range(mask, problem.len_q, problem.len_k, rows, keys, problem.device)
         self.shape = batch.stop - batch.start, heads.stop - heads.start, problem.group, rows[1] - rows[0]
-        self.keep = self._fold_scores(keep)
-        # NaN and Inf where nobody may attend must not reach a product, where 0 * NaN = NaN: such rows are replaced.
-        self.live_query = self.keep.any(-1, keepdim=True)
-        self.live_key = self.keep.any(-2).unsqueeze(-1)
+        self.keep: Tensor | None = None
+        self.live_query: Tensor | None = None
+        self.live_key: Tensor | None = None
+        if mask is not None:
+            keep = reference.expand_range(mask, problem.len_q, problem.len_k, rows, keys, problem.device)
+            self.keep = self._fold_scores(keep)
+            # NaN and Inf where nobody may attend must not reach a product, where 0 * NaN = NaN: such rows are replaced.
+            self.live_query = self.keep.any(-1, keepdim=True)
+            self.live_key = self.keep.any(-2).unsqueeze(-1)
         self.dropout_keep: Tensor | None = None
         if problem.dropout_p > 0 and problem.dropout_seed is not None:
             first = batch.start, self.heads_q.start, rows[0], keys[0]
@@ -170,11 +174,11 @@ class _Block:
         if x.dim() == 3:
             x = x.unsqueeze(-1)
         b, h, g, rows = self.shape
-        return x.to(self.problem.dtype).reshape(b, h, g * rows, x.shape[-1]).where(self.live_query, 0)
+        return _selected(x.to(self.problem.dtype).reshape(b, h, g * rows, x.shape[-1]), self.live_query)
 
     def of_keys(self, x: Tensor) -> Tensor:
         """(B, Hkv, S, n) cut to the block, 0 in keys that no row of it may attend to."""
-        return x[self.batch, self.heads, self.keys].to(self.problem.dtype).where(self.live_key, 0)
+        return _selected(x[self.batch, self.heads, self.keys].to(self.problem.dtype), self.live_key)
 
     def of_scores(self, x: Tensor) -> Tensor:
         """Anything that broadcasts to (B, Hq, L, S) cut to the block."""
@@ -190,33 +194,39 @@ class _Block:
         b, h, g, rows = self.shape
         return x.reshape(b, h * g, rows, x.shape[-1])
 
+    def zeros(self) -> Tensor:
+        """Scores of 0."""
+        b, h, g, rows = self.shape
+        sizes = b, h, g * rows, self.keys.stop - self.keys.start
+        return torch.zeros(sizes, dtype=self.problem.dtype, device=self.problem.device)
+
     def scores(self, x: Inputs) -> Tensor:
         """scale Q Kᵀ + bias, -inf where the mask forbids."""
         assert x.query is not None and x.key is not None
         s = self.of_queries(x.query) @ self.of_keys(x.key).transpose(-1, -2) * self.problem.scale
         if x.bias is not None:
             s = s + self.of_scores(x.bias).to(s.dtype)
-        return s.where(self.keep, -torch.inf)
+        return _selected(s, self.keep, -torch.inf)
 
     def tangent_scores(self, x: Inputs, t: Inputs) -> Tensor:
         """scale (Q' Kᵀ + Q K'ᵀ) + bias', 0 where the mask forbids."""
         assert x.query is not None and x.key is not None
-        ts = torch.zeros_like(self.keep, dtype=self.problem.dtype)
+        ts = self.zeros()
         if t.query is not None:
             ts = self.of_queries(t.query) @ self.of_keys(x.key).transpose(-1, -2) * self.problem.scale
         if t.key is not None:
             ts = ts + self.of_queries(x.query) @ self.of_keys(t.key).transpose(-1, -2) * self.problem.scale
         if t.bias is not None:
             ts = ts + self.of_scores(t.bias).to(ts.dtype)
-        return ts.where(self.keep, 0)
+        return _selected(ts, self.keep)
 
     def mixed_scores(self, t: Inputs, u: Inputs) -> Tensor:
         """The second derivative of the scores along two tangents, scale (Q' K*ᵀ + Q* K'ᵀ), 0 where forbidden."""
-        ts = torch.zeros_like(self.keep, dtype=self.problem.dtype)
+        ts = self.zeros()
         for a, b in ((t.query, u.key), (u.query, t.key)):
             if a is not None and b is not None:
                 ts = ts + self.of_queries(a) @ self.of_keys(b).transpose(-1, -2) * self.problem.scale
-        return ts.where(self.keep, 0)
+        return _selected(ts, self.keep)
 
     def probabilities(self, s: Tensor) -> Tensor:
         """softmax(s), before dropout; 0 on a row without keys."""
@@ -227,13 +237,18 @@ class _Block:
 
     def against_values(self, grad_out: Tensor, value: Tensor) -> Tensor:
         """z (G Vᵀ), 0 where the mask forbids."""
-        return self.drop(self.of_queries(grad_out) @ self.of_keys(value).transpose(-1, -2)).where(self.keep, 0)
+        return _selected(self.drop(self.of_queries(grad_out) @ self.of_keys(value).transpose(-1, -2)), self.keep)
 
     def drop(self, x: Tensor) -> Tensor:
         """z x; linear, hence also its own derivative."""
         if self.dropout_keep is None:
             return x
         return (x * (1 / (1 - self.problem.dropout_p))).where(self.dropout_keep, 0)
+
+
+def _selected(x: Tensor, keep: Tensor | None, value: float = 0) -> Tensor:
+    """x where `keep` holds, everywhere when it is None; a select, since 0 * NaN is NaN."""
+    return x if keep is None else x.where(keep, value)
 
 
 def _zeros_like_query(query: Tensor, dim_v: int) -> Tensor:
@@ -409,7 +424,7 @@ def _weights(block: _Block, x: Inputs, lse: Tensor) -> Tensor:
 def _deviation(block: _Block, x: Inputs, t: Inputs, tangent_lse: Tensor | None) -> Tensor:
     """s' - lse', 0 where the mask forbids."""
     ts = block.tangent_scores(x, t)
-    return ts if tangent_lse is None else (ts - block.of_queries(tangent_lse)).where(block.keep, 0)
+    return ts if tangent_lse is None else _selected(ts - block.of_queries(tangent_lse), block.keep)
 
 
 def _empty_weights(x: Inputs, average_heads: bool) -> Tensor:
@@ -500,12 +515,12 @@ def attention_weights_backward_jvp(
         tangent_ds = torch.zeros_like(w)
         if grad_weights is not None:
             # dS = w z C, and w' = w (s' - lse')
-            ds = (w * block.drop(_of_weights(block, grad_weights).to(w.dtype))).where(block.keep, 0)
+            ds = _selected(w * block.drop(_of_weights(block, grad_weights).to(w.dtype)), block.keep)
             tangent_ds = ds * _deviation(block, x, t, tangent_lse)
             sums.add_tangent_scores(block, ds, t)
         if tangent_grad_weights is not None:
             dropped = block.drop(_of_weights(block, tangent_grad_weights).to(w.dtype))
-            tangent_ds = tangent_ds + (w * dropped).where(block.keep, 0)
+            tangent_ds = tangent_ds + _selected(w * dropped, block.keep)
         sums.add_scores(block, tangent_ds, x)
         _put(block, tangent_grad_lse, -tangent_ds.sum(-1, keepdim=True))
     query, key, _, bias = sums.results()
