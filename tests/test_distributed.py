@@ -264,6 +264,45 @@ def check_dtensor_module():
         assert_close(whole(ours), reference)
 
 
+def check_dtensor_packed_heads_and_weights():
+    """The packed operator by heads; weights by batch, heads and queries, averaged ones not by heads."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    from fastattn.attention import _attention_packed
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(3)
+    qkv, query, key, bias = draw(N, L, 3, H, 8), draw(N, H, L, 8), draw(N, H, S, 8), draw(1, H, L, L)
+    lse = torch.logsumexp(query @ key.transpose(2, 3) / 8**0.5, dim=-1)
+    options = {"mask": Mask.causal(), "dropout_p": 0.0, "scale": None, "dropout_seed": None, "backend": None}
+
+    def packed(*tensors):
+        return _attention_packed(tensors[0], bias=tensors[1], **options)
+
+    def weights(average_heads):
+        return lambda *tensors: (fastattn.attention_weights(*tensors, average_heads=average_heads),)
+
+    def run(function, tensors):
+        outputs = function(*(x.requires_grad_() for x in tensors))
+        return *outputs, *torch.autograd.grad(sum(y.sin().sum() for y in outputs), tensors)
+
+    everywhere = Replicate()
+    for function, tensors, placements, out in (
+        (packed, (qkv, bias), (Shard(3), Shard(1)), Shard(1)),
+        (packed, (qkv, bias), (Shard(1), Shard(2)), everywhere),
+        (weights(True), (query, key, lse), (Shard(0),) * 3, Shard(0)),
+        (weights(True), (query, key, lse), (Shard(1),) * 3, everywhere),
+        (weights(True), (query, key, lse), (Shard(2), everywhere, Shard(2)), Shard(1)),
+        (weights(False), (query, key, lse), (Shard(1),) * 3, Shard(1)),
+        (weights(False), (query, key, lse), (Shard(2), everywhere, Shard(2)), Shard(2)),
+    ):
+        expected = run(function, [x.clone() for x in tensors])
+        actual = run(function, [distribute_tensor(x, mesh, [p]) for x, p in zip(tensors, placements, strict=True)])
+        assert actual[0].placements == (out,)
+        for ours, reference in zip(actual, expected, strict=True):
+            assert_close(whole(ours), reference)
+
+
 def check_dtensor_refuses_mixed_tensors():
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
