@@ -363,6 +363,18 @@ def test_padding_alone_is_expanded_and_no_padding_is_no_mask():
         integration.attention_mask(B, L, L, attention_mask=torch.ones(B, 1, L, dtype=torch.bool))
 
 
+def test_while_tracing_masks_are_plain_tensors_and_values_are_not_read(monkeypatch):
+    monkeypatch.setattr(integration, "is_tracing", lambda tensor=None: True)
+    bidirectional = transformers.masking_utils.bidirectional_mask_function
+    causal = integration.attention_mask(B, L, L)
+    assert type(causal) is Tensor and torch.equal(causal, torch.ones(B, 1, L, L).tril().bool())
+    keep = torch.ones(B, L, dtype=torch.bool)
+    options = {"mask_function": bidirectional, "allow_is_bidirectional_skip": True}
+    mask = integration.attention_mask(B, L, L, attention_mask=keep, **options)
+    assert type(mask) is Tensor and mask.stride(2) == 0 and mask.all()
+    assert integration.attention_mask(B, L, L, **options) is None
+
+
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
