@@ -325,6 +325,18 @@ def test_one_split_makes_a_sequence_independent_of_the_others(backend):
             assert torch.equal(seen, varlen_attn(*alone, own, own, 70, 70, **options))
 
 
+def test_torchs_call_compiles_for_every_length():
+    def function(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        options = {"window_size": (-1, 0), "enable_gqa": True, "return_aux": torch_varlen.AuxRequest(lse=True)}
+        return varlen_attn(query, key, value, cu, cu, longest, longest, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 9):
+        tensors, cu = packs((3, length), (3, length)), starts((3, length))
+        expected, seen = function(*tensors, cu, length), compiled(*tensors, cu, length)
+        assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
+
+
 def test_decoding_compiles():
     lengths = (1, 1, 1), (5, 9, 70)
     tensors = packs(*lengths, requires_grad=False)
