@@ -78,7 +78,7 @@ class Case:
     output: str
     layers: int  # attention layers
     weights: int  # of these, ones that give weights when asked
-    decoder: bool = False  # rows of padding may attend to nothing: only real tokens are compared
+    empty_rows: bool = False  # rows of padding may attend to nothing: only real tokens are compared
 
 
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -88,6 +88,8 @@ SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "n
 MAE = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
 SLIDING = {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+LATENT = {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+LATENT |= {"qk_nope_head_dim": 8, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32}
 
 CASES = {
     "bert": Case(
@@ -117,8 +119,8 @@ CASES = {
         4,
         2,  # the decoder is not asked
     ),
-    "llama": Case("LlamaForCausalLM", DECODER, text_inputs, "logits", 2, 2, decoder=True),
-    "gpt2": Case("GPT2LMHeadModel", {**TEXT, **GPT2, "embd_pdrop": 0.0}, text_inputs, "logits", 2, 2, decoder=True),
+    "llama": Case("LlamaForCausalLM", DECODER, text_inputs, "logits", 2, 2, empty_rows=True),
+    "gpt2": Case("GPT2LMHeadModel", {**TEXT, **GPT2, "embd_pdrop": 0.0}, text_inputs, "logits", 2, 2, empty_rows=True),
     "t5": Case(
         "T5ForConditionalGeneration",
         {**TEXT, **T5, **BUCKETS, "decoder_start_token_id": 0, "initializer_factor": 0.7},
@@ -135,8 +137,10 @@ CASES = {
         5,  # one is the pooling head, a MultiheadAttention
         5,
     ),
-    "mistral": Case("MistralForCausalLM", {**DECODER, "sliding_window": 7}, text_inputs, "logits", 2, 2, decoder=True),
-    "qwen2": Case("Qwen2ForCausalLM", {**DECODER, **SLIDING}, text_inputs, "logits", 2, 2, decoder=True),
+    "mistral": Case(
+        "MistralForCausalLM", {**DECODER, "sliding_window": 7}, text_inputs, "logits", 2, 2, empty_rows=True
+    ),
+    "qwen2": Case("Qwen2ForCausalLM", {**DECODER, **SLIDING}, text_inputs, "logits", 2, 2, empty_rows=True),
     "gpt_oss": Case(
         "GptOssForCausalLM",
         {**DECODER, **EXPERTS, "sliding_window": 7, "head_dim": 16, "intermediate_size": 32},
@@ -144,7 +148,7 @@ CASES = {
         "logits",
         2,
         2,
-        decoder=True,
+        empty_rows=True,
     ),
     "gemma2": Case(
         "Gemma2ForCausalLM",
@@ -153,7 +157,25 @@ CASES = {
         "logits",
         2,
         2,
-        decoder=True,
+        empty_rows=True,
+    ),
+    "modernbert": Case(  # a window on both sides
+        "ModernBertForMaskedLM",
+        {**TEXT, **SIZES, "max_position_embeddings": 64, "local_attention": 8, "global_attn_every_n_layers": 2},
+        text_inputs,
+        "logits",
+        2,
+        2,
+        empty_rows=True,
+    ),
+    "deepseek_v3": Case(  # values narrower than queries and keys
+        "DeepseekV3ForCausalLM",
+        {**DECODER, **LATENT, "experts_implementation": "eager", "n_routed_experts": 4, "num_experts_per_tok": 2},
+        text_inputs,
+        "logits",
+        2,
+        2,
+        empty_rows=True,
     ),
 }
 TEXT_CASES = [name for name, case in CASES.items() if "input_ids" in case.inputs(None)]
@@ -257,7 +279,7 @@ def test_outputs_gradients_and_weights(name, side, dtype):
     case = CASES[name]
     inputs = case.inputs(side)
     mask = padding(side)
-    real = mask.bool() if mask is not None and case.decoder else None
+    real = mask.bool() if mask is not None and case.empty_rows else None
     arguments = (inputs, case.output, real)
     exact, eager = exactly(name, dtype, *arguments), run(make(name, "eager", dtype), *arguments)
     with Watch(largest=10**9) as watch:
