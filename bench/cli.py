@@ -198,6 +198,7 @@ def bench(
         if missing is not None:
             raise click.UsageError(missing)
         plans += suites.model_plans(quick, device)
+    plans = [plan for plan in plans if getattr(plan.case, "backward", False) or not backward]
     if suite in ("loss", "all"):
         plans += suites.loss_plans(quick, dtype, backward, device)
 

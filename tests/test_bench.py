@@ -436,7 +436,7 @@ def test_the_suites_of_layers_and_models_on_the_command_line(
 ):
     plan = runner.Plan(replace(TINY_MODEL, backward=False), rounds=3, seconds=0.1)
     monkeypatch.setattr(suites, "model_plans", lambda quick, device: [plan])
-    for suite, options in (("mha", ["--quick", "--shapes", "1,2,16x24,8", "--masks", "dense"]), ("transformers", [])):
+    for suite, options in (("mha", ["--quick", "--backward", "--shapes", "1,2,16x24,8"]), ("transformers", [])):
         path = tmp_path / f"{suite}.jsonl"
         assert run_cli(["bench", suite, *options, "--rounds", "3", "--json", str(path)]) == 0
         shown = capsys.readouterr().out
