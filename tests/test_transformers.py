@@ -400,7 +400,7 @@ def test_while_tracing_masks_are_plain_tensors_and_values_are_not_read(monkeypat
 # Generation ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mistral", "qwen2", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mistral", "qwen2", "gpt_oss", "gemma2", "deepseek_v3"])
 @pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_generates_the_tokens_of_eager(name, cache):
     inputs = text_inputs("left")
