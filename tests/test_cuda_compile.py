@@ -58,7 +58,7 @@ def problems():
     for source in sorted(FOLDER.glob("*.cu")):
         architectures = ["90a"] if "hopper" in source.stem else ["80", "90a"]
         if source.stem in QUICK | {"attention_forward"} and "hopper" not in source.stem:
-            # 10.0 runs what 8.0 runs: a part of the sources is enough, minutes each, to see that its compiler takes them.
+            # 10.0 runs what 8.0 runs: a part of the sources shows that its compiler takes them.
             architectures.append("100")
         for architecture in architectures:
             quick = source.stem in QUICK and architecture != "100"
