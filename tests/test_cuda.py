@@ -65,5 +65,6 @@ def test_many_random_problems(capability):
 
 
 @pytest.mark.slow
-def test_mask_tiles():
-    run_tests(90, "test_mask_tiles.py")
+@pytest.mark.parametrize("name", ["test_mask_tiles.py", "test_varlen.py", "test_decoding.py"])
+def test_more(name):
+    run_tests(90, name)
