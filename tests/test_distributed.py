@@ -1,6 +1,6 @@
 """Two processes that talk through gloo: data parallel, fully sharded and DTensor runs equal those of one process.
 
-One pair of processes serves every test (importing torch takes longer than the checks): they run this file, go through
+One pair of processes serves every check (importing torch takes longer than the checks): they run this file, go through
 `CHECKS` together and write down what each rank found.
 """
 
@@ -341,41 +341,37 @@ def run_checks(rank, folder):
 # The tests ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What each rank found, by the name of the check."""
-    folder = tmp_path_factory.mktemp("distributed")
-    commands = [[sys.executable, "-W", "ignore", __file__, str(rank), str(folder)] for rank in range(WORLD)]
-    logs = [(folder / f"{rank}.log").open("w") for rank in range(WORLD)]
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_equal_one(tmp_path):
+    """One test for all checks: spread over test workers, each part would start a pair of processes of its own."""
+    logs = [(tmp_path / f"{rank}.log").open("w") for rank in range(WORLD)]
     processes = [
-        subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        for command, log in zip(commands, logs, strict=True)
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__, str(rank), str(tmp_path)], stdout=log, stderr=subprocess.STDOUT
+        )
+        for rank, log in enumerate(logs)
     ]
     try:
         for process in processes:
             process.wait(SECONDS)
     except subprocess.TimeoutExpired:
-        pass  # the checks that were not reached have no entry
+        pass  # the checks that were not reached are told below
     finally:
         for process in processes:
             process.kill()
             process.wait()
         for log in logs:
             log.close()
-    results = []
+    problems = []
     for rank in range(WORLD):
-        path = folder / f"{rank}.json"
-        results.append(json.loads(path.read_text()) if path.exists() else {})
-        results[-1]["log"] = (folder / f"{rank}.log").read_text()
-    return results
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.parametrize("check", CHECKS)
-def test_two_processes_equal_one(check, found):
-    for rank, results in enumerate(found):
-        assert check in results, f"rank {rank} did not get to {check}: {results['log'][-2000:]}"
-        assert not results[check], f"rank {rank}: {results[check]}"
+        path = tmp_path / f"{rank}.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        problems += [f"rank {rank}, {check}: {problem}" for check, problem in found.items() if problem]
+        missing = CHECKS.keys() - found.keys()
+        if missing:
+            log = (tmp_path / f"{rank}.log").read_text()[-2000:]
+            problems.append(f"rank {rank} did not get to {sorted(missing)}: {log}")
+    assert not problems, "\n\n".join(problems)
 
 
 if __name__ == "__main__":
