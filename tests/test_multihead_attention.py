@@ -889,6 +889,43 @@ def test_jit_script_takes_the_stock_module_over_the_same_parameters():
     assert type(ours) is fastattn.MultiheadAttention
 
 
+class Doubled(fastattn.MultiheadAttention):
+    def forward(self, query, key, value, need_weights: bool = True):
+        return super().forward(2 * query, key, value, need_weights=need_weights)
+
+
+class Renamed(fastattn.MultiheadAttention):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["forward", "name", "parametrized"])
+def test_subclasses_are_not_scripted_as_something_else(kind):
+    attention = {"forward": Doubled, "name": Renamed, "parametrized": fastattn.MultiheadAttention}[kind](
+        E, 2, dtype=torch.float64
+    )
+    if kind == "parametrized":
+        torch.nn.utils.parametrizations.weight_norm(attention, "in_proj_weight")
+    block, x = Block(attention).eval(), torch.randn(3, 2, E, dtype=torch.float64)
+    expected = block(x)
+    # TorchScript has words of its own for what it cannot compile.
+    with pytest.raises((RuntimeError, torch.jit.frontend.NotSupportedError)):
+        torch.jit.script(block)
+    assert block.attention is attention
+    assert torch.equal(block(x), expected)
+
+
+def test_fx_refuses_a_forward_around_ours():
+    block = Block(Doubled(E, 2, dtype=torch.float64))
+    with pytest.raises(torch.fx.proxy.TraceError, match="Doubled has a forward of its own"):
+        torch.fx.symbolic_trace(block)
+
+
+def test_fx_records_a_subclass_with_our_forward():
+    block, x = Block(Renamed(E, 2, dtype=torch.float64)), torch.randn(3, 2, E, dtype=torch.float64)
+    assert torch.equal(torch.fx.symbolic_trace(block)(x), block(x))
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 def test_jit_trace():
     _, ours = make_pair()

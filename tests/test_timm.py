@@ -43,6 +43,10 @@ from fastattn import attention, ops
 from fastattn.integrations.timm import Attention, register
 from timm.models.vision_transformer import VisionTransformer
 
+class Doubled(Attention):
+    def forward(self, x, *args, **kwargs):
+        return super().forward(2 * x, *args, **kwargs)
+
 torch.manual_seed(0)
 calls = [0]
 def counted(function):
@@ -170,6 +174,17 @@ def tracers():
     calls[0] = 0
     agree(graph(images), expected)
     assert calls[0] == 2
+    for block in ours.blocks:
+        block.attn.__class__ = Doubled
+    expected = ours(images)
+    for trace, error in (torch.jit.script, Exception), (torch.fx.symbolic_trace, torch.fx.proxy.TraceError):
+        try:
+            trace(ours)
+        except error:
+            pass
+        else:
+            raise AssertionError("a forward of the user's would be left out, or run twice")
+    assert torch.equal(ours(images), expected)
 
 def context():
     from fastattn.integrations import sdpa

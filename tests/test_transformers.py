@@ -601,6 +601,23 @@ def test_models_with_an_attention_of_their_own_are_refused():
     assert (scores.masked_fill(~mask, -1.0)[0, 0] == torch.ones(L, L).tril() - 1).all()
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.__setitem__((slice(None), slice(None), slice(None), 0), False),
+        lambda mask: mask.fill_(False),
+        lambda mask: mask.logical_and_(torch.zeros(L, L, dtype=torch.bool)),
+        lambda mask: mask.copy_(torch.zeros(B, 1, L, L, dtype=torch.bool)),
+        lambda mask: mask.__iand__(torch.zeros(L, L, dtype=torch.bool)),
+    ],
+    ids=["index", "fill", "logical_and", "copy", "and"],
+)
+def test_writing_into_a_mask_is_refused(write):
+    """It would be lost: the elements are made for each operation."""
+    with pytest.raises(RuntimeError, match="cannot be changed in place"):
+        write(integration.attention_mask(B, L, L))
+
+
 def test_a_mask_for_other_sizes_is_refused():
     query, key, value = qkv(len_q=4, len_k=7)
     mask = integration.attention_mask(2, 4, 6, 2)

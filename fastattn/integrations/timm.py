@@ -42,6 +42,12 @@ class Attention(timm.layers.Attention):
             ValueError, TypeError: `attn_mask` does not fit.
         """
         if isinstance(x, torch.fx.Proxy):
+            if type(self).forward is not Attention.forward:
+                # The node would call that forward again, which has run up to here already.
+                raise torch.fx.proxy.TraceError(
+                    f"{type(self).__qualname__} has a forward of its own, which fx cannot trace: "
+                    "make it a leaf by Tracer.is_leaf_module"
+                )
             # One node of the graph, as fx records torch's own modules.
             tracer: Any = x.tracer
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, attn_mask, is_causal), {})
@@ -72,6 +78,8 @@ class Attention(timm.layers.Attention):
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         """What torch.jit.script compiles in place of this module: timm's forward over the same state."""
+        if type(self) is not Attention:
+            return self  # what a subclass does, TorchScript takes or refuses
         scriptable = _Scriptable.__new__(_Scriptable)
         object.__setattr__(scriptable, "__dict__", self.__dict__)
         return scriptable

@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class AttentionMask(Tensor):
     Query i may attend to key j when -left <= j - i <= right, key_keep[b, j], and
     query_segments[b, i] == key_segments[b, j]; a part that is None forbids nothing. Moving and slicing keep the parts;
     any other operation sees the bool tensor, which is made for it. Adding it to scores, as eager attention does with
-    its own masks, raises ValueError.
+    its own masks, raises ValueError, and writing into it RuntimeError.
     """
 
     left: int
@@ -129,8 +129,13 @@ class AttentionMask(Tensor):
                 "attention_mask is bool, True where attention is allowed, and cannot be added to scores or fill them: "
                 "this model does not ask transformers' AttentionInterface; use attn_implementation='eager'"
             )
+        if func._schema.is_mutable and args and isinstance(args[0], cls):
+            _refuse_write()
         args, kwargs = pytree.tree_map_only(AttentionMask, AttentionMask.expanded, (args, kwargs))
         return func(*args, **kwargs)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _refuse_write()
 
     @classmethod
     def _kept(cls, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionMask | None:
@@ -174,6 +179,13 @@ class AttentionMask(Tensor):
             parts["key_keep"] = _columns(parts["key_keep"], first, last)
             parts["key_segments"] = _columns(parts["key_segments"], first, last)
         return AttentionMask(shape, self.anchor, left, right, *parts.values())
+
+
+def _refuse_write() -> NoReturn:
+    raise RuntimeError(
+        "attention_mask cannot be changed in place, since it holds no elements: combine masks "
+        "by operators that make new ones (&, |), or use attn_implementation='eager'"
+    )
 
 
 def _mask_of(parts: AttentionMask) -> Mask:

@@ -237,11 +237,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     def _record_call(self, query: Any, *args: Any) -> Any:
         """Record the call as one node of the fx graph, as torch's tracer does for its own modules."""
+        if type(self).forward is not MultiheadAttention.forward:
+            # The node would call that forward again, which has run up to here already.
+            raise torch.fx.proxy.TraceError(
+                f"{type(self).__qualname__} has a forward of its own, which fx cannot trace: "
+                "make it a leaf by Tracer.is_leaf_module"
+            )
         tracer = query.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (query, *args), {})
 
     def __prepare_scriptable__(self) -> torch.nn.MultiheadAttention:
         """What torch.jit.script compiles in place of this module: torch's forward over the same state."""
+        if type(self) is not MultiheadAttention:
+            return self  # what a subclass does, TorchScript takes or refuses
         scriptable = _Scriptable.__new__(_Scriptable)
         object.__setattr__(scriptable, "__dict__", self.__dict__)
         if keep_attention_called in self._forward_pre_hooks.values():
