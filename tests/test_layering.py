@@ -26,7 +26,7 @@ ALLOWED = {
     "attention": {"ops", "dispatch"} | MASKS,
     "losses": {"ops", "dispatch"} | MASKS,
     "nn": PUBLIC | MASKS,
-    "integrations": PUBLIC | MASKS | {"nn", "dispatch", "ops"},
+    "integrations": PUBLIC | MASKS | {"nn", "dispatch", "ops", "backends"},  # export: the formulas of the reference
     "testing": PUBLIC | MASKS | {"backends", "dispatch", "ops"},
     "bench": PUBLIC | MASKS | {"nn", "integrations", "testing", "dispatch"},
     "cli": PUBLIC | MASKS | {"nn", "integrations", "testing", "dispatch", "bench"},

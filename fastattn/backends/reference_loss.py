@@ -65,8 +65,12 @@ def _slope(difference: Tensor, kind: str, beta: float) -> Tensor:
 
 def _scale(counted: Tensor, input: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     """What the sum over the counted elements is multiplied by."""
-    count = {"masked_mean": counted.sum(), "mean": torch.tensor(input.numel())}.get(reduction, torch.tensor(1))
-    return 1 / count.to(input.device, dtype).clamp(min=1)  # nothing counted: the sum is 0, and so is the mean
+    if reduction == "masked_mean":
+        count = counted.sum().to(dtype)
+    else:
+        # Not torch.tensor, which would freeze the number of elements of an exported program.
+        count = torch.full((), input.numel() if reduction == "mean" else 1, dtype=dtype, device=input.device)
+    return 1 / count.clamp(min=1)  # nothing counted: the sum is 0, and so is the mean
 
 
 def masked_loss(
@@ -137,6 +141,23 @@ def differentiable_loss(
         return value.to(input.dtype)
     scale = _scale(counted, input, reduction, value.dtype)
     return (value.sum(dtype=torch.float64) * scale).to(input.dtype)
+
+
+def differentiable_gradient(
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """The gradient of `masked_loss`, for torch to differentiate; `reduction` is not "none"."""
+    difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
+    scale = _scale(counted, input, reduction, difference.dtype)
+    return (_slope(difference, kind, beta) * scale).to(input.dtype)
 
 
 def times_slope(
