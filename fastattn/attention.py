@@ -783,8 +783,11 @@ def scaled_dot_product_attention(
     query (..., Hq, L, E), key (..., H, S, E), value (..., H, S, Ev); leading dimensions broadcast, and there may be
     none. attn_mask: bool, True = may attend, or float, added to the scores (and differentiable); broadcastable to
     (..., Hq, L, S). is_causal: top-left; not together with attn_mask (RuntimeError, as in torch). enable_gqa: Hq may be
-    a multiple of H. A query that may attend to nothing gets 0.
+    a multiple of H. A query that may attend to nothing gets 0. dropout_p: in [0, 1], 1 drops everything.
     """
+    if dropout_p == 1.0:
+        # Zeros, with zero gradients, for each shape that the other arguments give.
+        return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa).mul(0.0)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")

@@ -1118,6 +1118,8 @@ BAD_CALLS = {
     "padding_rank": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S, 1)}), AssertionError),
     "padding_length": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S + 1)}), AssertionError),
     "padding_batch": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(1, S)}), AssertionError),
+    "mask_row": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, S)}), RuntimeError),
+    "mask_of_all_heads": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, L, S)}), RuntimeError),
     "hint_alone": (lambda q, k: ((q, k, k), {"is_causal": True}), RuntimeError),
     "unbatched_mask": (lambda q, k: ((q[0], k[0], k[0]), {"attn_mask": bools(N * H, L, S)}), AssertionError),
     "unbatched_key": (lambda q, k: ((q, k[0], k[0]), {}), AssertionError),
@@ -1178,5 +1180,5 @@ def test_mixed_mask_dtypes_warn():
 def test_nested_tensors_are_refused():
     _, ours = make_pair(batch_first=True)
     nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(4, E)], dtype=torch.float64)
-    with pytest.raises(AssertionError, match="NestedTensor"):
+    with pytest.raises(AssertionError, match="NestedTensor.*enable_nested_tensor=False"):
         ours(nested, nested, nested)

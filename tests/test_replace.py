@@ -119,6 +119,21 @@ def test_transformer_encoder_reaches_ours(training, mask, norm_first, calls):
     torch.testing.assert_close(result[real], expected[real], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors")
+def test_padded_positions_in_the_output_of_an_encoder():
+    """A row of the README's table: torch fills them with zeros in evaluation alone."""
+    stock = nn.TransformerEncoder(make_layer(), 2)
+    ours = copy.deepcopy(stock)
+    fastattn.replace_multihead_attention(ours)
+    x = torch.randn(N, L, E, dtype=torch.float64)
+    padding = torch.arange(L) >= torch.tensor([L, 2, 4])[:, None]
+    trained = stock(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        expected, result = (model.eval()(x, src_key_padding_mask=padding) for model in (stock, ours))
+    assert not expected[padding].any()
+    torch.testing.assert_close(result, trained, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True", "ignore:The PyTorch API of nested tensors")
@@ -178,6 +193,21 @@ def test_transformer_reaches_ours(training, calls):
         expected, result = stock(source, target, **options), ours(source, target, **options)
     assert calls[0] == 2 + 2 * 2  # the encoder's layers, and both attentions of the decoder's
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_torchs_own_name_stays_torchs():
+    """Else modules that exist already would not be instances of it any more."""
+    stock = nn.MultiheadAttention(E, H)
+    fastattn.replace_multihead_attention(nn.MultiheadAttention(E, H))
+    for owner in (nn, nn.modules, nn.modules.activation, nn.modules.transformer):
+        assert owner.MultiheadAttention is type(stock) and owner.MultiheadAttention is not fastattn.MultiheadAttention
+
+
+def test_a_layer_whose_attention_has_another_name():
+    layer = make_layer()
+    layer.attention = layer.self_attn
+    del layer.self_attn
+    assert fastattn.replace_multihead_attention(layer).replaced == ["attention"]
 
 
 def test_twice_is_once():

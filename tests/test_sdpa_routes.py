@@ -264,6 +264,7 @@ def test_everything_dropped():
     query, key, value = (heads(requires_grad=True) for _ in range(3))
     out = decorated(query, key, value, dropout_p=1.0)
     assert torch.equal(out, by_attribute(query, key, value, dropout_p=1.0)) and not out.any()
+    assert torch.equal(out, fastattn.scaled_dot_product_attention(query, key, value, dropout_p=1.0))
     assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), (query, key, value)))
 
 

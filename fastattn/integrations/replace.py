@@ -114,7 +114,7 @@ def _shown(name: str) -> str:
 
 
 def _block_fused_layer(layer: torch.nn.TransformerEncoderLayer) -> bool:
-    attention = layer.self_attn
+    attention = getattr(layer, "self_attn", None)
     if not isinstance(attention, MultiheadAttention) or keep_attention_called in attention._forward_pre_hooks.values():
         return False
     attention.register_forward_pre_hook(keep_attention_called)

@@ -126,11 +126,6 @@ def _attend(
             if is_causal:
                 raise ValueError("attn_mask must be None when is_causal is set: give the mask or the flag, not both")
             attn_mask, is_causal = _causal_mask(attn_mask, query, key)
-        if dropout_p == 1.0:
-            # Every weight dropped: zeros, with zero gradients, for each shape that the other arguments give.
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
-            ).mul(0.0)
         return scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

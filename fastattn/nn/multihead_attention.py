@@ -190,7 +190,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 stacklevel=3,
             )
         if query.is_nested or key.is_nested or value.is_nested:
-            raise AssertionError("MultiheadAttention does not support NestedTensor; pass padded tensors and a mask")
+            raise AssertionError(
+                "MultiheadAttention does not support NestedTensor; pass padded tensors and a mask, and give "
+                "nn.TransformerEncoder enable_nested_tensor=False"
+            )
 
         rank = query.dim()
         if rank not in (2, 3):
