@@ -181,7 +181,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 def _tile_builder(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     def build(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> tuple[Tensor, ...]:
-        if torch.compiler.is_exporting():
+        if masks.is_recorded():
             return ops.dense_for_export(dense)
         return torch.ops.fastattn.mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
 
@@ -554,8 +554,13 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, pack: Tensor) -> list[int] | N
 
 
 def _is_on_host(tensor: Tensor) -> bool:
-    """Whether reading its values costs no synchronisation."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor and not torch.compiler.is_compiling()
+    """Whether its values can be read at no cost."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not masks.is_recorded()  # whose values would be constants of the program
+    )
 
 
 def _starts(name: str, cu_seqlens: Tensor, total: int) -> list[int]:

@@ -455,9 +455,9 @@ class Mask:
         that torch does not see, through `.data` or numpy, goes unnoticed).
         """
         tensors = self.tensors()
-        # While tracing there is nothing to keep: the tensors are fake. Inference tensors count no versions. Without
-        # tensors, folding is as cheap as looking up.
-        if not tensors or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+        # While a program is recorded there is nothing to keep: the tensors are fake, or their map would be a constant
+        # of the program. Inference tensors count no versions. Without tensors, folding is as cheap as looking up.
+        if not tensors or torch.compiler.is_compiling() or is_recorded() or any(t.is_inference() for t in tensors):
             self.validate(B, H, L, S, device)
             return self._fold(L, S, block_m, block_n, build)
         # A map made in inference mode cannot be saved for backward, hence the mode in the key.
@@ -499,8 +499,10 @@ class Mask:
             elif isinstance(term, KeyKeep):
                 key_keep = term.keep if key_keep is None else key_keep & term.keep
             else:
-                keep = _unexpanded(term.keep)
-                if keep.shape[1] != 1 or keep.shape[2] != 1:
+                # A recorded program is run with masks of other strides, a traced one with other sizes: nothing checks
+                # them there.
+                keep = term.keep if is_recorded() else _unexpanded(term.keep)
+                if keep.shape[1] != 1 or keep.shape[2] != 1 or _is_traced():
                     dense.append(keep)
                 else:  # a padding mask written as a dense one
                     keep = keep[:, 0, 0, :].expand(-1, S)
@@ -515,6 +517,15 @@ class Mask:
         limits = None if band == [UNLIMITED] * 4 else (band[0], band[1], band[2], band[3])
         query_segments, key_segments = segments or (None, None)
         return KernelMask(limits, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, tile_map)
+
+
+def _is_traced() -> bool:
+    return torch._C._get_tracing_state() is not None  # torch.jit.trace
+
+
+def is_recorded() -> bool:
+    """Whether this call becomes part of a program that does not check what it has assumed of its inputs."""
+    return torch.compiler.is_exporting() or _is_traced()
 
 
 def _smaller(lengths: Tensor | None, other: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 
 import pytest
 import torch
@@ -553,6 +554,56 @@ def test_export(kind, strict, first_able):
     assert_close(*gradients)
     torch.manual_seed(3)
     assert_close(program.run_decompositions().module()(*inputs).detach(), outputs[0])
+
+
+class MaskedBy(torch.nn.Module):
+    def forward(self, query, key, mask):
+        return fastattn.attention(query, key, key, mask=mask)
+
+
+def trace(module, *inputs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch.jit.trace itself, and the shapes that it takes for fixed
+        return torch.jit.trace(module, inputs, check_trace=False)
+
+
+@pytest.mark.parametrize(
+    "record", [trace, lambda *x: torch.export.export(*x[:1], x[1:]).module()], ids=("trace", "export")
+)
+def test_a_program_recorded_with_an_expanded_mask_takes_any(record, first_able):
+    query, keep = torch.randn(2, 4, 6, 8), torch.rand(2, 4, 6, 6) < 0.5
+    program = record(MaskedBy(), query, query, keep[:, :1, :1].expand(2, 4, 6, 6))
+    assert_close(program(query, query, keep), fastattn.attention(query, query, query, mask=keep))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6, 1), (1, 4, 1, 6), (2, 1, 6, 6), (2, 1, 1, 1)])
+def test_a_traced_mask_takes_any_length(shape, first_able):
+    query, keep = torch.randn(2, 4, 6, 8), torch.rand(shape) < 0.5
+    program = trace(MaskedBy(), query, query, keep)
+    for len_q, len_k in (6, 60), (3, 6), (90, 130):
+        query, key = torch.randn(2, 4, len_q, 8, requires_grad=True), torch.randn(2, 4, len_k, 8)
+        keep = torch.rand(*shape[:2], len_q if shape[2] > 1 else 1, len_k if shape[3] > 1 else 1) < 0.5
+        outputs = program(query, key, keep), fastattn.attention(query, key, key, mask=keep)
+        assert_close(*outputs)
+        assert_close(*(torch.autograd.grad(out.square().sum(), query) for out in outputs))
+
+
+def test_a_traced_mask_of_one_query_takes_several(first_able):
+    query, key = torch.randn(2, 4, 6, 8), torch.randn(2, 4, 9, 8)
+    keep = torch.rand(2, 1, 6, 9) < 0.5
+    program = trace(MaskedBy(), query[:, :, :1], key, keep[:, :, :1])
+    assert_close(program(query, key, keep), fastattn.attention(query, key, key, mask=keep))
+
+
+def test_a_trace_holds_no_map_that_was_made_before(first_able):
+    mask = Mask.dense(torch.rand(1, 1, 6, 1) < 0.5)
+    query, key = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 60, 8)
+
+    def function(query, key):
+        return fastattn.attention(query, key, key, mask=mask)
+
+    function(query, query)
+    assert_close(trace(function, query, query)(query, key), function(query, key))
 
 
 # Autocast ------------------------------------------------------------------------------------------------------------

@@ -337,6 +337,18 @@ def test_torchs_call_compiles_for_every_length():
         assert torch.equal(seen[0], expected[0]) and torch.equal(seen[1], expected[1])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit.trace` is deprecated")
+def test_a_traced_call_takes_other_lengths_of_the_same_sum():
+    # Few queries and many keys, which are run apart when the lengths are known.
+    heads, dim, queries = 16, 64, (1, 1, 1, 1)
+    tensors = [torch.randn(total, heads, dim) for total in (4, 12000, 12000)]
+    traced = torch.jit.trace(
+        fastattn.attention_varlen, (*tensors, starts(queries), starts((1000, 2000, 3000, 6000))), check_trace=False
+    )
+    cu = starts(queries), starts((7000, 0, 4999, 1))
+    assert_close(traced(*tensors, *cu), fastattn.attention_varlen(*tensors, *cu))
+
+
 def test_decoding_compiles():
     lengths = (1, 1, 1), (5, 9, 70)
     tensors = packs(*lengths, requires_grad=False)
