@@ -1118,8 +1118,7 @@ BAD_CALLS = {
     "padding_rank": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S, 1)}), AssertionError),
     "padding_length": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(N, S + 1)}), AssertionError),
     "padding_batch": (lambda q, k: ((q, k, k), {"key_padding_mask": bools(1, S)}), AssertionError),
-    "mask_row": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, S)}), RuntimeError),
-    "mask_of_all_heads": (lambda q, k: ((q, k, k), {"attn_mask": bools(1, L, S)}), RuntimeError),
+    "value_dtype": (lambda q, k: ((q, k, k.float()), {}), RuntimeError),
     "hint_alone": (lambda q, k: ((q, k, k), {"is_causal": True}), RuntimeError),
     "unbatched_mask": (lambda q, k: ((q[0], k[0], k[0]), {"attn_mask": bools(N * H, L, S)}), AssertionError),
     "unbatched_key": (lambda q, k: ((q, k[0], k[0]), {}), AssertionError),
@@ -1135,9 +1134,12 @@ def test_bad_calls_raise_what_torch_raises(case, need_weights):
     stock, ours = make_pair(batch_first=True)
     query, key, _ = make_inputs("batch_first", "shared_kv", stock)
     arguments, options = make(query, key)
-    for module in (stock, ours):
-        with pytest.raises(error):
-            module(*arguments, need_weights=need_weights, **options)
+    with pytest.raises(error):
+        stock(*arguments, need_weights=need_weights, **options)
+    named = {"mask": "attn_mask", "padding": "key_padding_mask", "hint": "is_causal", "batch": "key and value"}
+    word = case.removeprefix("unbatched_").split("_")[0]
+    with pytest.raises(error, match=rf"\b{named.get(word, word)}\b"):
+        ours(*arguments, need_weights=need_weights, **options)
 
 
 def test_bad_calls_of_our_own_extensions():
@@ -1147,6 +1149,22 @@ def test_bad_calls_of_our_own_extensions():
         ours(query, key, value, attn_mask=bools(N, 2, L, S))
     with pytest.raises(ValueError, match="dropout"):
         ours(query, key, value)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("options", [{}, {"kdim": E + 1, "vdim": E + 1}, {"add_zero_attn": True}], ids=str)
+def test_dtypes_are_refused_by_name(name, options):
+    stock, ours = make_pair(**options)
+    inputs = {"query": torch.randn(L, N, E), "key": torch.randn(S, N, ours.kdim), "value": torch.randn(S, N, ours.vdim)}
+    inputs = {other: x if other == name else x.double() for other, x in inputs.items()}
+    with pytest.raises(RuntimeError):
+        stock(**inputs)
+    with pytest.raises(RuntimeError, match=rf"{name} must have the dtype of the module's weight, torch.float64, got"):
+        ours(**inputs)
+    same = torch.randn(L, N, E)
+    if ours.kdim == E:
+        with pytest.raises(RuntimeError, match="query must have the dtype"):
+            ours(same, same, same)
 
 
 def test_separate_projections_check_the_features():

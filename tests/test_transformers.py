@@ -668,6 +668,19 @@ def test_gradient_checkpointing():
         torch.testing.assert_close([p.grad for p in parameters], list(plain))
 
 
+def test_what_transformers_keeps_to_itself():
+    """Rows of the README's table."""
+    config = transformers.BertConfig(attn_implementation="fastattn")
+    with pytest.raises(ValueError, match="output_attentions.*fastattn"):
+        config.output_attentions = True
+        transformers.BertModel(config)
+    model = make("mae", "sdpa")
+    model.set_attn_implementation("fastattn")
+    layers = {name: module.config for name, module in model.named_modules() if name.endswith("layers.0.attention")}
+    found = {name.split(".")[0]: config._attn_implementation for name, config in layers.items()}
+    assert found == {"vit": "fastattn", "decoder": "sdpa"}
+
+
 # The losses ----------------------------------------------------------------------------------------------------------
 
 

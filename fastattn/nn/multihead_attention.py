@@ -104,7 +104,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         packed = is_self_attention and self._qkv_same_embed_dim and not appended
         if packed:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias)
+            weight = self.in_proj_weight
+            _check_dtype("query", query, weight)
+            projected = F.linear(query, weight, self.in_proj_bias)
             qkv = self._split_heads(projected, 3, sequence_first)  # (N, L, 3, H, D)
             options["bias"] = _checked_bias(bias, qkv)
             out, lse = _attention_packed(qkv, **options)
@@ -144,9 +146,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self._qkv_same_embed_dim:
             weight = self.in_proj_weight
             if is_self:
+                _check_dtype("query", query, weight)
                 q, k, v = self._split_heads(F.linear(query, weight, bias), 3, sequence_first).unbind(2)
                 return q, k, v
             if is_shared:
+                _check_dtype("query", query, weight)
+                _check_dtype("key", key, weight)
                 query_weight, key_value_weight = weight.split([size, 2 * size])
                 query_bias, key_value_bias = (None, None) if bias is None else bias.split([size, 2 * size])
                 q = self._split_heads(F.linear(query, query_weight, query_bias), 1, sequence_first)
@@ -156,6 +161,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
+        for name, x, w in zip(("query", "key", "value"), (query, key, value), weights, strict=True):
+            _check_dtype(name, x, w)
         q, k, v = (
             self._split_heads(F.linear(x, w, b), 1, sequence_first).squeeze(2)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
@@ -204,10 +211,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"key and value must be {rank}-D as query is, but found {key.dim()}-D and {value.dim()}-D"
             )
         if query.shape[-1] != self.embed_dim:
-            raise AssertionError(f"was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}")
+            raise AssertionError(
+                f"query: was expecting embedding dimension of {self.embed_dim}, but got {query.shape[-1]}"
+            )
         if self._qkv_same_embed_dim:
             if key.shape != value.shape:
                 raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+            if key.shape[-1] != self.embed_dim:
+                raise RuntimeError(f"expecting key with {self.embed_dim} features, but got {key.shape[-1]}")
         else:
             if key.shape[:-1] != value.shape[:-1]:
                 raise AssertionError(
@@ -355,6 +366,12 @@ def _view_attn_mask(attn_mask: Tensor, batch: int, heads: int, len_q: int, len_k
         )
     # A mask that broadcasts along the keys would also cover an appended key.
     return attn_mask.expand(-1, -1, -1, len_k) if appended else attn_mask
+
+
+def _check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse what the projection would refuse, with torch's exception type and the argument's name."""
+    if x.dtype != weight.dtype and not _autocasts(x.device):
+        raise RuntimeError(f"{name} must have the dtype of the module's weight, {weight.dtype}, got {x.dtype}")
 
 
 def _checked_bias(bias: Tensor | None, projected: Tensor) -> Tensor | None:
