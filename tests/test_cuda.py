@@ -55,7 +55,7 @@ def test_every_contract(capability):
 
 @CAPABILITIES
 def test_random_problems(capability):
-    verify(capability, 20, seed=capability)
+    verify(capability, 8, seed=capability)
 
 
 @pytest.mark.slow
