@@ -515,6 +515,13 @@ def test_weights_are_those_after_dropout():
     assert torch.equal(first, integration.attention_forward(Layer(), query, key, value, None, dropout=0.4)[0])
 
 
+def test_dropout_of_everything():
+    query, key, value = (x.requires_grad_() for x in qkv(len_q=5, len_k=5))
+    out, weights = integration.attention_forward(Layer(), query, key, value, None, dropout=1.0, output_attentions=True)
+    assert not out.any() and not weights.any()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), (query, key, value)))
+
+
 def test_causal_only_for_several_queries_of_a_causal_module_without_a_mask():
     query, key, value = qkv(len_q=4, len_k=7)
 

@@ -460,6 +460,9 @@ def attention_forward(
         )
     mask = _within_sequences(mask, len_q, len_k, kwargs)
 
+    if dropout == 1.0:
+        # Every weight dropped: what a query that may attend to nothing gives.
+        mask, dropout = Mask.key_lengths(torch.zeros(1, dtype=torch.int64, device=query.device)), 0.0
     seed = _draw_seed(dropout, query.device)
     options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "dropout_p": dropout, "dropout_seed": seed}
     out, lse = _attention_with_seed(query, key, value, **options, backend=None)
