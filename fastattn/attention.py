@@ -630,6 +630,8 @@ def _gather_pages(query: Any, key: Any, value: Any, block_table: Any, seqused_k:
                 f"{name} must be a pool (total_pages, page_size, Hkv, D) with block_table, key and value alike; got "
                 f"{tuple(pool.shape)}"
             )
+    if key.shape[1] == 0:
+        raise ValueError(f"key must be a pool of pages that hold a token or more, got {tuple(key.shape)}")
     for name, tensor, dims in (("block_table", block_table, 2), ("seqused_k", seqused_k, 1)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64):
             seen = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

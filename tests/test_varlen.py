@@ -404,6 +404,11 @@ BAD = [
         "pages of the pool, 0 to 2",
     ),
     ({"block_table": TABLE, "seqused_k": USED + 1, "key": POOL, "value": POOL}, ValueError, "hold, 8, got"),
+    (
+        {"block_table": TABLE, "seqused_k": 0 * USED, "key": POOL[:, :0], "value": POOL[:, :0]},
+        ValueError,
+        "pages that hold a token",
+    ),
 ]
 
 
