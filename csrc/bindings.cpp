@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <string>
 
 #include "core/mask.h"
@@ -273,6 +274,53 @@ void bind_masked_loss(py::module_& module) {
 
 #if !defined(FASTATTN_CUDA_MODULE)
 
+constexpr int64_t kSmallWorkspace = 256 * 1024;  // bytes that a thread keeps
+constexpr int64_t kSmallHeadDim = 256;
+
+// A tensor of 4 dimensions without an empty one, whose last lies in steps of 1.
+bool read_sizes(const TensorRef& tensor, const py::tuple& shape, int64_t (&sizes)[4]) {
+  if (shape.size() != 4) return false;
+  for (int n = 0; n < 4; ++n) {
+    sizes[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), n));
+    if (sizes[n] < 1) return false;
+  }
+  return sizes[3] <= kSmallHeadDim && (sizes[3] == 1 || tensor.stride[3] == 1);
+}
+
+// The forward of a small problem without mask, bias and dropout in a single call: what happens between Python and the kernel
+// takes longer than such a kernel. out [B, Hq, L, Dv] lies over memory [B, L, Hq, Dv], lse [B, Hq, L] is contiguous. False, and
+// nothing was computed, when the sizes do not make a problem or are not small.
+bool attention_forward_small(const TensorRef& query, const py::tuple& query_shape, const TensorRef& key,
+                             const py::tuple& key_shape, const TensorRef& value, const py::tuple& value_shape, double scale,
+                             uintptr_t out, uintptr_t lse, uint64_t executor) {
+  int64_t q[4], k[4], v[4];
+  if (!read_sizes(query, query_shape, q) || !read_sizes(key, key_shape, k) || !read_sizes(value, value_shape, v)) return false;
+  if (q[0] != k[0] || q[0] != v[0] || k[1] != v[1] || q[1] % k[1] || k[2] != v[2] || q[3] != k[3]) return false;
+  AttentionForwardParams params;
+  params.batch = q[0];
+  params.heads_q = q[1];
+  params.heads_kv = k[1];
+  params.len_q = q[2];
+  params.len_k = k[2];
+  params.dim_qk = q[3];
+  params.dim_v = v[3];
+  params.scale = scale;
+  params.query = query;
+  params.key = key;
+  params.value = value;
+  params.lse = {reinterpret_cast<void*>(lse), {q[1] * q[2], q[2], 1, 0}, query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32};
+  params.out = {reinterpret_cast<void*>(out), {q[2] * q[1] * v[3], v[3], q[1] * v[3], 1}, query.dtype};
+  set_executor(params, executor);
+  thread_local std::unique_ptr<char[]> workspace;
+  params.workspace_bytes = kernels::attention_forward_workspace(params);
+  if (params.workspace_bytes > kSmallWorkspace) return false;
+  if (!workspace) workspace = std::make_unique<char[]>(kSmallWorkspace);
+  params.workspace = workspace.get();
+  const py::gil_scoped_release release;
+  kernels::attention_forward(params);
+  return true;
+}
+
 // The rules of csrc/core, element by element and tile by tile, for the tests that compare every implementation of them.
 void bind_rules(py::module_& module) {
   // out: uint8 [B, H, L, S] contiguous, whether the pair may attend
@@ -367,6 +415,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of fastattn; called by fastattn/backends/native.py only.";
   module.def("level", level);
   module.def("supported_levels", supported_levels);
+  module.def("attention_forward_small", attention_forward_small);
   bind_rules(module);
 #endif
   module.def("build_info", build_info);

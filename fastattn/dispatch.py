@@ -229,6 +229,11 @@ def select(problem: Problem, backend: str | None = None) -> str:
     return name
 
 
+def chooses_cpu() -> bool:
+    """Whether, with no backend named, CPU tensors go to the CPU kernels if these can run them; cheaper than `select`."""
+    return _requested is None and NATIVE_FAILURE is None and not TRITON_INTERPRETED
+
+
 def _first_able(problem: Problem) -> str:
     for name in preference(problem):
         if not BACKENDS[name].why_not(problem):

@@ -8,6 +8,7 @@ since a schema has no records.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -1231,6 +1232,25 @@ def _differentiable_loss_backward(grad_loss: Tensor, input: Tensor, target: Tens
     kind, patch_size, beta, normalize_target, eps, _ = rest
     target = _fixed_target(target, normalize_target)
     return reference_loss.times_slope(grad_loss, input, target, mask, kind, patch_size, beta, normalize_target, eps)
+
+
+def small_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
+    """`attention` without mask, bias, dropout and a named backend, straight to the CPU kernel where the problem is small
+    and nobody would see the difference. None elsewhere, also for arguments that are wrong."""
+    if (
+        torch.compiler.is_compiling()
+        or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf))
+        or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        or not (query.is_cpu and key.is_cpu and value.is_cpu)
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        or not dispatch.chooses_cpu()
+        or _is_watched()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+    ):
+        return None
+    return dispatch.load("cpu").attention_forward_small(query, key, value, scale)
 
 
 attention = _call("attention", 4)

@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn import Mask
+from fastattn import Mask, dispatch
 from fastattn.attention import _attention_packed, _attention_with_seed
 
 
@@ -535,3 +536,99 @@ def test_bad_input_of_the_packed_form():
         _attention_packed(None, **options)
     with pytest.raises(TypeError, match="query must be float32"):
         _attention_packed(torch.zeros(2, 7, 3, 4, 8, dtype=torch.int64), **options)
+
+
+# Small problems ------------------------------------------------------------------------------------------------------
+# Without mask, bias and dropout they go to the CPU kernel in one call, past the operator, where nobody would notice.
+
+SMALL = pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason="the native library is not there")
+
+
+@pytest.fixture
+def short_ways(monkeypatch):
+    """Counts the problems that the short way has solved."""
+    library, solved = dispatch.load("cpu"), []
+    original = library.attention_forward_small
+
+    def counted(*arguments):
+        result = original(*arguments)
+        solved.append(result is not None)
+        return result
+
+    monkeypatch.setattr(library, "attention_forward_small", counted, raising=False)
+    return solved
+
+
+def packed_views(B, H, L, D, dtype):
+    return torch.randn(B, L, 3, H, D).to(dtype).permute(2, 0, 3, 1, 4).unbind()
+
+
+@SMALL
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_small_problems_get_the_numbers_and_the_layout_of_the_operator(dtype, short_ways):
+    def some(*shape):
+        return torch.randn(shape).to(dtype)
+
+    problems = [
+        (some(1, 1, 1, 1), some(1, 1, 1, 1), some(1, 1, 1, 1)),
+        (some(2, 6, 17, 40), some(2, 3, 70, 40), some(2, 3, 70, 24)),
+        (some(1, 8, 1, 64), some(1, 2, 130, 64), some(1, 2, 130, 64)),
+        packed_views(2, 3, 50, 16, dtype),
+        tuple(x.expand(2, 4, 9, 8) for x in (some(1, 1, 9, 8), some(2, 1, 9, 8), some(1, 4, 1, 8))),
+    ]
+    for tensors in problems:
+        for scale in (None, 0.3):
+            out, lse = fastattn.attention(*tensors, scale=scale, return_lse=True)
+            with FlopCounterMode(display=False):  # a mode that sees operators
+                expected, expected_lse = fastattn.attention(*tensors, scale=scale, return_lse=True)
+            assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+            assert out.stride() == expected.stride() and lse.dtype == torch.float32
+    assert short_ways == [True] * 10
+
+
+@SMALL
+def test_what_is_not_small_or_plain_takes_the_way_of_every_problem(short_ways):
+    x = torch.randn(1, 2, 9, 8)
+    transposed = torch.randn(1, 2, 8, 9).transpose(2, 3)  # its last dimension is not contiguous
+    fastattn.attention(transposed, x, x)
+    fastattn.attention(torch.randn(1, 1, 2, 300), torch.randn(1, 1, 2, 300), torch.randn(1, 1, 2, 300))
+    fastattn.attention(x[:, :, :0], x, x)
+    fastattn.attention(x, x[:, :, :0], x[:, :, :0])
+    fastattn.attention(torch.randn(4, 8, 300, 64), *torch.randn(2, 4, 8, 300, 64))
+    fastattn.attention(torch.randn(1, 64, 1, 256), *torch.randn(2, 1, 1, 8192, 256))  # much to merge
+    assert short_ways == [False] * 6
+    with torch.autocast("cpu"):
+        assert fastattn.attention(x, x, x).dtype == torch.bfloat16
+    fastattn.attention(x, x, x, backend="cpu")
+    with fastattn.use_backend("cpu"):
+        fastattn.attention(x, x, x)
+    fastattn.attention(x, x, x, dropout_p=0.5)
+    fastattn.attention(x, x, x, mask=Mask.causal())
+    assert fastattn.attention(x.requires_grad_(), x, x).requires_grad
+    assert len(short_ways) == 6
+    with torch.no_grad():
+        fastattn.attention(x, x, x)
+    assert short_ways[6:] == [True]
+
+
+@SMALL
+@pytest.mark.parametrize(
+    "change,error",
+    [
+        (dict(query=torch.randn(1, 3, 9, 8)), ValueError),
+        (dict(key=torch.randn(2, 2, 9, 8)), ValueError),
+        (dict(value=torch.randn(1, 2, 8, 8)), ValueError),
+        (dict(query=torch.randn(1, 2, 9, 7)), ValueError),
+        (dict(query=torch.randn(2, 9, 8)), ValueError),
+        (dict(value=torch.randn(9, 8)), ValueError),
+        (dict(value=torch.randn(1, 2, 9, 8, dtype=torch.float64)), TypeError),
+        (dict(query=torch.ones(1, 2, 9, 8, dtype=torch.int64)), TypeError),
+        (dict(scale=float("inf")), ValueError),
+        (dict(scale=True), TypeError),
+        (dict(dropout_p=False), TypeError),
+    ],
+)
+def test_bad_small_problems_are_refused_as_any(change, error):
+    x = torch.randn(1, 2, 9, 8)
+    with pytest.raises(error, match="|".join(name for name in change)):
+        fastattn.attention(**(dict(query=x, key=x, value=x) | change))

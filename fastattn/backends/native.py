@@ -31,6 +31,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 _KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}  # LossKind
 _REDUCTIONS = {"masked_mean": 0, "sum": 1, "mean": 2, "none": 3}  # Reduction
 
+_SMALL_QUERY = 2**16  # elements of a query for which the shortest way is worth a look
+
 _Ref = tuple[int, tuple[int, ...], int]  # a TensorRef: data pointer, strides in elements, dtype code
 
 
@@ -554,6 +556,31 @@ class CpuLibrary(Library):
 
     def _seed(self, seed: Tensor, device: torch.device) -> int:
         return int(seed.item()) % 2**64
+
+    def attention_forward_small(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """`attention_forward` without mask, bias and dropout by the shortest way. None, and nothing was computed, for
+        tensors that do not make a problem and for problems whose kernel takes far longer than the way to it."""
+        dtype = query.dtype
+        code = _DTYPE_CODES.get(dtype)
+        query_shape, value_shape = query.shape, value.shape
+        if code is None or key.dtype != dtype or value.dtype != dtype or not 0 < query.numel() <= _SMALL_QUERY:
+            return None
+        if len(query_shape) != 4 or len(value_shape) != 4:
+            return None
+        batch, heads, length, dim = query_shape
+        dim_v = value_shape[3]
+        row = heads * dim_v
+        out = torch.empty_strided((batch, heads, length, dim_v), (length * row, dim_v, row, 1), dtype=dtype)
+        lse = torch.empty((batch, heads, length), dtype=_accumulation_dtype(dtype))
+        fits = self._module.attention_forward_small(
+            *((query.data_ptr(), query.stride(), code), query_shape),
+            *((key.data_ptr(), key.stride(), code), key.shape),
+            *((value.data_ptr(), value.stride(), code), value_shape),
+            *(dim**-0.5 if scale is None else scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads()),
+        )
+        return (out, lse) if fits else None
 
     # The rules of csrc/core, for the tests that compare every implementation of them
 
