@@ -230,7 +230,7 @@ def select(problem: Problem, backend: str | None = None) -> str:
 
 
 def chooses_cpu() -> bool:
-    """Whether, with no backend named, CPU tensors go to the CPU kernels if these can run them; cheaper than `select`."""
+    """Whether CPU tensors, with no backend named, go to the CPU kernels if they can run them. Cheaper than `select`."""
     return _requested is None and NATIVE_FAILURE is None and not TRITON_INTERPRETED
 
 

@@ -1235,7 +1235,7 @@ def _differentiable_loss_backward(grad_loss: Tensor, input: Tensor, target: Tens
 
 
 def small_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
-    """`attention` without mask, bias, dropout and a named backend, straight to the CPU kernel where the problem is small
+    """`attention` without mask, bias, dropout and a named backend, straight to the CPU kernel where problems are small
     and nobody would see the difference. None elsewhere, also for arguments that are wrong."""
     if (
         torch.compiler.is_compiling()
