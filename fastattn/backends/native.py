@@ -572,8 +572,10 @@ class CpuLibrary(Library):
         batch, heads, length, dim = query_shape
         dim_v = value_shape[3]
         row = heads * dim_v
-        out = torch.empty_strided((batch, heads, length, dim_v), (length * row, dim_v, row, 1), dtype=dtype)
-        lse = torch.empty((batch, heads, length), dtype=_accumulation_dtype(dtype))
+        out = torch.empty_strided(
+            (batch, heads, length, dim_v), (length * row, dim_v, row, 1), dtype=dtype, device="cpu"
+        )
+        lse = torch.empty((batch, heads, length), dtype=_accumulation_dtype(dtype), device="cpu")
         fits = self._module.attention_forward_small(
             *((query.data_ptr(), query.stride(), code), query_shape),
             *((key.data_ptr(), key.stride(), code), key.shape),
