@@ -174,11 +174,6 @@ def _draw_seed(dropout_p: Any, device: torch.device) -> Tensor | None:
     return torch.randint(2**63 - 1, (), device=device, dtype=torch.int64)
 
 
-def _unit_stride(tensor: Tensor) -> Tensor:
-    # Kernels read along the head dim. `explain` tells about this copy.
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _tile_builder(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     def build(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> tuple[Tensor, ...]:
         if masks.is_recorded():
@@ -265,9 +260,9 @@ def _attention_with_seed(
     dropout_seed = _check_seed(dropout_p, dropout_seed, device)
     name = dispatch.select(Problem("attention", device.type, dtype, max(sizes.dim_qk, sizes.dim_v)), backend)
     return ops.attention(
-        _unit_stride(query),
-        _unit_stride(key),
-        _unit_stride(value),
+        ops.unit_stride(query),
+        ops.unit_stride(key),
+        ops.unit_stride(value),
         bias,
         *_flat_mask(mask, sizes, device, name),
         scale,
@@ -304,7 +299,7 @@ def _attention_packed(
     dropout_seed = _check_seed(dropout_p, dropout_seed, device)
     name = dispatch.select(Problem("attention", device.type, dtype, dim), backend)
     return ops.attention_packed(
-        _unit_stride(qkv), bias, *_flat_mask(mask, sizes, device, name), scale, dropout_p, dropout_seed, name
+        ops.unit_stride(qkv), bias, *_flat_mask(mask, sizes, device, name), scale, dropout_p, dropout_seed, name
     )
 
 
@@ -348,8 +343,8 @@ def attention_weights(
     dropout_seed = _check_seed(dropout_p, dropout_seed, device)
     name = dispatch.select(Problem("attention_weights", device.type, dtype, sizes.dim_qk), backend)
     return ops.attention_weights(
-        _unit_stride(query),
-        _unit_stride(key),
+        ops.unit_stride(query),
+        ops.unit_stride(key),
         lse.to(accumulated).contiguous(),
         bias,
         *_flat_mask(mask, sizes, device, name),
@@ -390,7 +385,7 @@ def explain(
     notes = tuple(
         f"{name} is copied first: its last dimension has stride {tensor.stride(-1)}, kernels read it with stride 1"
         for name, tensor in (("query", query), ("key", key), ("value", value))
-        if _unit_stride(tensor) is not tensor
+        if ops.unit_stride(tensor) is not tensor
     )
     problem = Problem("attention", query.device.type, dtype, max(sizes.dim_qk, sizes.dim_v))
     return dispatch.explain_problem(problem, backend, notes)

@@ -919,7 +919,8 @@ _REPEATING = {  # of batch B or 1
 _CONTIGUOUS = _REPEATING | {"lse", "grad_lse", "tangent_grad_lse", "tangent_lse", "other_lse"}
 
 
-def _unit_stride(x: Tensor) -> Tensor:
+def unit_stride(x: Tensor) -> Tensor:
+    """A tensor as the kernels read it, along the last dimension; a copy where that is not contiguous."""
     return x if x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -950,7 +951,7 @@ def _fold_rule(name: str) -> Callable:
                 repeats = argument in _REPEATING and dim is None and x.shape[0] == 1
                 if not repeats or (of_bias and argument == "bias"):  # every sample has its own gradient of the bias
                     x = _folded(x, dim, samples, batch)
-                x = x.contiguous() if argument in _CONTIGUOUS and argument != "bias" else _unit_stride(x)
+                x = x.contiguous() if argument in _CONTIGUOUS and argument != "bias" else unit_stride(x)
             folded.append(x)
         outputs = operator(*folded)
         alone = isinstance(outputs, Tensor)
@@ -978,7 +979,7 @@ def _each_sample_rule(name: str) -> Callable:
         samples = []
         for n in range(info.batch_size):
             chosen = (
-                _unit_stride(x.select(dim, n)) if isinstance(x, Tensor) and dim is not None else x
+                unit_stride(x.select(dim, n)) if isinstance(x, Tensor) and dim is not None else x
                 for x, dim in zip(arguments, in_dims, strict=True)
             )
             samples.append(operator(*chosen))
@@ -1238,13 +1239,12 @@ def small_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | No
     """`attention` without mask, bias, dropout and a named backend, straight to the CPU kernel where problems are small
     and nobody would see the difference. None elsewhere, also for arguments that are wrong."""
     if (
-        torch.compiler.is_compiling()
+        _is_watched()
         or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf))
         or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
         or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
         or not dispatch.chooses_cpu()
-        or _is_watched()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()

@@ -114,9 +114,8 @@ def masked_loss_backward_none(
     eps: float,
 ) -> Tensor:
     """d loss / d input for reduction "none", with grad_loss in the shape of `input`."""
-    difference, counted = _difference(input, target, mask, patch_size, normalize_target, eps)
-    gradient = (_slope(difference, kind, beta) * grad_loss.to(difference)).where(counted, 0)
-    return torch.empty_like(input).copy_(gradient)
+    gradient = times_slope(grad_loss, input, target, mask, kind, patch_size, beta, normalize_target, eps)
+    return torch.empty_like(input).copy_(gradient)  # laid out as `input` is
 
 
 # What follows is made of torch's own differentiable functions, without any write in place: it serves forward mode, vmap

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastattn import dispatch, ops
-from fastattn.attention import _draw_seed, _flat_mask, _Sizes, _unit_stride, scaled_dot_product_attention
+from fastattn.attention import _draw_seed, _flat_mask, _Sizes, scaled_dot_product_attention
 from fastattn.dispatch import Problem
 from fastattn.masks import Mask, coerce
 
@@ -280,7 +280,7 @@ def _prepare(
         scale = 1.0 / math.sqrt(sizes.dim_qk) if sizes.dim_qk else 1.0
     return _Call(
         dispatch.load(name),
-        (_unit_stride(query), _unit_stride(key), _unit_stride(value)),
+        (ops.unit_stride(query), ops.unit_stride(key), ops.unit_stride(value)),
         bias,
         ops.unflatten_mask(flat, sizes.len_q, sizes.len_k, name),
         scale,

@@ -104,9 +104,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         packed = is_self_attention and self._qkv_same_embed_dim and not appended
         if packed:
-            weight = self.in_proj_weight
-            _check_dtype("query", query, weight)
-            projected = F.linear(query, weight, self.in_proj_bias)
+            projected = _linear("query", query, self.in_proj_weight, self.in_proj_bias)
             qkv = self._split_heads(projected, 3, sequence_first)  # (N, L, 3, H, D)
             options["bias"] = _checked_bias(bias, qkv)
             out, lse = _attention_packed(qkv, **options)
@@ -146,26 +144,23 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if self._qkv_same_embed_dim:
             weight = self.in_proj_weight
             if is_self:
-                _check_dtype("query", query, weight)
-                q, k, v = self._split_heads(F.linear(query, weight, bias), 3, sequence_first).unbind(2)
+                q, k, v = self._split_heads(_linear("query", query, weight, bias), 3, sequence_first).unbind(2)
                 return q, k, v
             if is_shared:
-                _check_dtype("query", query, weight)
-                _check_dtype("key", key, weight)
                 query_weight, key_value_weight = weight.split([size, 2 * size])
                 query_bias, key_value_bias = (None, None) if bias is None else bias.split([size, 2 * size])
-                q = self._split_heads(F.linear(query, query_weight, query_bias), 1, sequence_first)
-                k, v = self._split_heads(F.linear(key, key_value_weight, key_value_bias), 2, sequence_first).unbind(2)
+                q = self._split_heads(_linear("query", query, query_weight, query_bias), 1, sequence_first)
+                projected = _linear("key", key, key_value_weight, key_value_bias)
+                k, v = self._split_heads(projected, 2, sequence_first).unbind(2)
                 return q.squeeze(2), k, v
             weights = weight.chunk(3)
         else:
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        for name, x, w in zip(("query", "key", "value"), (query, key, value), weights, strict=True):
-            _check_dtype(name, x, w)
+        inputs = {"query": query, "key": key, "value": value}
         q, k, v = (
-            self._split_heads(F.linear(x, w, b), 1, sequence_first).squeeze(2)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            self._split_heads(_linear(name, x, w, b), 1, sequence_first).squeeze(2)
+            for (name, x), w, b in zip(inputs.items(), weights, biases, strict=True)
         )
         return q, k, v
 
@@ -368,10 +363,11 @@ def _view_attn_mask(attn_mask: Tensor, batch: int, heads: int, len_q: int, len_k
     return attn_mask.expand(-1, -1, -1, len_k) if appended else attn_mask
 
 
-def _check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Refuse what the projection would refuse, with torch's exception type and the argument's name."""
+def _linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The projection of an input; a dtype that it refuses raises torch's exception type with the input's name."""
     if x.dtype != weight.dtype and not _autocasts(x.device):
         raise RuntimeError(f"{name} must have the dtype of the module's weight, {weight.dtype}, got {x.dtype}")
+    return F.linear(x, weight, bias)
 
 
 def _checked_bias(bias: Tensor | None, projected: Tensor) -> Tensor | None:
