@@ -70,7 +70,7 @@ else
 	touch $@
 
 $(STAMP): .venv/.torch $(STAMP_SOURCES)
-	.venv/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test,bench]"
+	.venv/bin/python -m pip install --quiet "$(TORCH)" --editable ".[test,bench,examples]"
 	touch $@
 
 .venv/.vision: .venv/.torch
@@ -122,7 +122,7 @@ else
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy fastattn bench
+	$(PY) -m mypy fastattn bench examples
 endif
 
 format: setup
