@@ -1,5 +1,6 @@
 """fastattn: fused, tiled, masked attention and masked reconstruction loss for PyTorch. True in a mask = may attend."""
 
+from fastattn.additive import additive_attention, additive_attention_weights
 from fastattn.attention import (
     attention,
     attention_varlen,
@@ -14,6 +15,7 @@ from fastattn.integrations.sdpa import register_flash_attention_impl, replace_sc
 from fastattn.losses import masked_l1_loss, masked_mse_loss, masked_smooth_l1_loss
 from fastattn.masks import Mask
 from fastattn.nn import (
+    AdditiveAttention,
     MaskedL1Loss,
     MaskedMSELoss,
     MaskedSmoothL1Loss,
@@ -25,6 +27,7 @@ from fastattn.nn import (
 from fastattn.tiles import TileMap
 
 __all__ = [
+    "AdditiveAttention",
     "Mask",
     "MaskedL1Loss",
     "MaskedMSELoss",
@@ -35,6 +38,8 @@ __all__ = [
     "SimMIM",
     "TileMap",
     "ViTEncoder",
+    "additive_attention",
+    "additive_attention_weights",
     "attention",
     "attention_varlen",
     "attention_weights",

@@ -29,7 +29,7 @@ GPU_DTYPES = KERNEL_DTYPES[:3]
 class Problem(NamedTuple):
     """What a backend has to know to tell whether it can run."""
 
-    operation: str  # "attention", "attention_weights", "mask_tiles", "masked_loss"
+    operation: str  # "attention", "attention_weights", "mask_tiles", "masked_loss", "additive_attention"
     device: str  # the type, such as "cpu"
     dtype: torch.dtype
     head_dim: int = 0  # the larger of D and Dv; 0 where there are no heads
@@ -50,11 +50,13 @@ def _cpu_why_not(problem: Problem) -> list[str]:
     reasons = []
     if NATIVE_FAILURE is not None:
         reasons.append(f"the native library is not there: {NATIVE_FAILURE}")
+    if problem.operation == "additive_attention":
+        reasons.append("it has no kernel of additive attention")
     if problem.device != "cpu":
         reasons.append(f"it computes on CPU tensors, these are on {problem.device!r}")
     if problem.dtype not in KERNEL_DTYPES:
         reasons.append(f"it has no {problem.dtype} kernels")
-    if problem.head_dim > MAX_HEAD_DIM_CPU:
+    if problem.head_dim > MAX_HEAD_DIM_CPU and problem.operation != "additive_attention":
         reasons.append(f"its largest head dim is {MAX_HEAD_DIM_CPU}, this one is {problem.head_dim}")
     return reasons
 
@@ -72,6 +74,8 @@ def _cuda_why_not(problem: Problem) -> list[str]:
         if capability is not None and capability >= MIN_CAPABILITY and not _has_code_for(capability):
             built = ", ".join(f"{each // 10}.{each % 10}" for each in CUDA_ARCHITECTURES)
             reasons.append(f"it was built for capability {built}, this GPU has {capability[0]}.{capability[1]}")
+    if problem.operation == "additive_attention":
+        reasons.append("it has no kernel of additive attention")
     if problem.device != "cuda" and not (CUDA_EMULATED and problem.device == "cpu"):
         reasons.append(f"it computes on CUDA tensors, these are on {problem.device!r}")
     return reasons + _gpu_kernel_reasons(problem)
@@ -88,6 +92,8 @@ def _has_code_for(capability: tuple[int, int]) -> bool:
 
 def _triton_why_not(problem: Problem) -> list[str]:
     reasons = []
+    if problem.operation == "additive_attention":
+        reasons.append("it has no kernel of additive attention")
     if TRITON_FAILURE is not None:
         reasons.append(TRITON_FAILURE)
     if problem.device == "cuda":

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import dispatch
-from fastattn.backends import derivatives, reference_loss
+from fastattn.backends import derivatives, reference, reference_loss
 from fastattn.backends.derivatives import Inputs
 from fastattn.masks import UNLIMITED, KernelMask
 from fastattn.tiles import TileMap
@@ -78,6 +78,11 @@ SCHEMAS: dict[str, str] = {
     "bool normalize_target, float eps, bool need_grad, str backend) -> (Tensor loss, Tensor grad_input)",
     "masked_loss_backward": "(Tensor grad_loss, Tensor input, Tensor target, Tensor mask, str kind, int patch_size, "
     "float beta, bool normalize_target, float eps, str backend) -> Tensor",
+    "additive_attention": f"(Tensor query, Tensor key, Tensor value, Tensor score_weight, {_MASK}, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    "additive_attention_backward": "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    f"Tensor score_weight, Tensor out, Tensor lse, {_MASK}, str backend) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_score_weight)",
 }
 
 
@@ -746,6 +751,83 @@ def _masked_loss_backward_fake(grad_loss: Tensor, input: Tensor, *rest: Any) -> 
     return torch.empty_like(input)
 
 
+# Additive attention --------------------------------------------------------------------------------------------------
+# query (B, L, A), key (B, S, A), value (B, S, Dv), score_weight (A,), out (B, L, Dv), lse (B, L). Outputs and gradients
+# are contiguous. The mask has one head.
+
+
+def _additive_mask(query: Tensor, key: Tensor, rest: Sequence[Any]) -> KernelMask | None:
+    """rest: the mask and the backend."""
+    return unflatten_mask(tuple(rest[:_NUM_MASK]), query.shape[1], key.shape[1], rest[_NUM_MASK])
+
+
+def _additive_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    mask = _additive_mask(query, key, rest)
+    return dispatch.load(rest[-1]).additive_attention_forward(query, key, value, score_weight, mask)
+
+
+def _additive_attention_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, len_q, _ = query.shape
+    out = query.new_empty((batch, len_q, value.shape[2]))
+    return out, query.new_empty((batch, len_q), dtype=lse_dtype(query.dtype))
+
+
+def _additive_attention_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    tensors, tail = rest[:6], rest[6:]
+    mask = _additive_mask(tensors[0], tensors[1], tail)
+    return dispatch.load(tail[-1]).additive_attention_backward(grad_out, grad_lse, *tensors, mask)
+
+
+def _additive_attention_backward_fake(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in rest[:4])
+
+
+def _additive_attention_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    if grad_out is None and grad_lse is None:
+        return _wanted(ctx, ())
+    out, lse, query, key, value, score_weight, *rest = _saved(ctx)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    gradients = additive_attention_backward(grad_out, grad_lse, query, key, value, score_weight, out, lse, *rest)
+    return _wanted(ctx, gradients)
+
+
+def _additive_attention_backward_gradients(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+    # Through the plain formula of the gradient, which can be differentiated any number of times.
+    grad_out, grad_lse, *tensors = _saved(ctx)
+    inputs, rest = tensors[:4], tensors[4:]
+    given = [grad_out, *inputs] if grad_lse is None else [grad_out, *inputs, grad_lse]
+
+    def gradients(grad_out: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return _differentiable_additive_backward(
+            grad_out, tensors[4] if len(tensors) > 4 else None, *tensors[:4], *rest
+        )
+
+    outputs, product, *_ = torch.func.vjp(gradients, *given)
+    filled = tuple(torch.zeros_like(x) if c is None else c for c, x in zip(cotangents, outputs, strict=True))
+    of_grad_out, *of_inputs = product(filled)
+    of_grad_lse = of_inputs.pop() if grad_lse is not None else None
+    return _wanted(ctx, (of_grad_out, of_grad_lse, *of_inputs))
+
+
+def _differentiable_additive(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    value, score_weight, *tail = rest
+    mask = _additive_mask(query, key, tail)
+    return reference.additive_attention_forward(query, key, value, score_weight, mask)
+
+
+def _differentiable_additive_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    query, key, value, score_weight, out, lse, *tail = rest
+    mask = _additive_mask(query, key, tail)
+    return reference.additive_attention_backward(grad_out, grad_lse, query, key, value, score_weight, out, lse, mask)
+
+
+def additive_attention_weights(query: Tensor, key: Tensor, lse: Tensor, score_weight: Tensor, *rest: Any) -> Tensor:
+    """exp(score - lse) (B, L, S), in plain PyTorch for every backend; `rest` is the mask and the backend."""
+    return reference.additive_weights(query, key, lse, score_weight, _additive_mask(query, key, rest))
+
+
 # FLOPs: what torch counts for its own attention, dense, less what a band excludes. Everything else that a mask excludes
 # depends on the values of tensors, which a formula does not see: an upper bound.
 
@@ -806,6 +888,21 @@ def _attention_weights_backward_flops(grad_weights: Any, query: Any, key: Any, *
     return _flops(query, key, key, rest[2 : 2 + _NUM_MASK], 3, 0)
 
 
+def _with_head(shape: Any) -> tuple[int, ...]:
+    return shape[0], 1, *shape[1:]
+
+
+def _additive_flops(query: Any, key: Any, value: Any, score_weight: Any, *rest: Any, **kwargs: Any) -> int:
+    # The products with the weight and with the values; a tanh counts for none, as in torch's own formulas.
+    return _flops(_with_head(query), _with_head(key), _with_head(value), rest[:_NUM_MASK], 1, 1)
+
+
+def _additive_backward_flops(
+    grad_out: Any, grad_lse: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any
+) -> int:
+    return _flops(_with_head(query), _with_head(key), _with_head(value), rest[3 : 3 + _NUM_MASK], 4, 2)
+
+
 def _derivative_flops(query: int, band: int, shared: bool, of_dim: int, of_dim_v: int) -> Callable:
     """For a derivative: where its query and its band stand, whether it has no value, its products if all is given."""
 
@@ -861,6 +958,8 @@ _KERNELS: dict[str, tuple[Callable, Callable]] = {  # the kernel and its fake
     "mask_tiles": (_mask_tiles, _mask_tiles_fake),
     "masked_loss": (_masked_loss, _masked_loss_fake),
     "masked_loss_backward": (_masked_loss_backward, _masked_loss_backward_fake),
+    "additive_attention": (_additive_attention, _additive_attention_fake),
+    "additive_attention_backward": (_additive_attention_backward, _additive_attention_backward_fake),
 }
 _AUTOGRAD: dict[str, tuple[Callable, Callable]] = {  # the backward and what it saves
     "attention": (_attention_gradients, _save_inputs_and_output),
@@ -874,6 +973,8 @@ _AUTOGRAD: dict[str, tuple[Callable, Callable]] = {  # the backward and what it 
     **{name: (_refuse_third_derivative(name), _save_nothing) for name in _LAST},
     "masked_loss": (_masked_loss_gradients, _masked_loss_setup),
     "masked_loss_backward": (_masked_loss_backward_gradients, _masked_loss_backward_setup),
+    "additive_attention": (_additive_attention_gradients, _save_inputs_and_output),
+    "additive_attention_backward": (_additive_attention_backward_gradients, _save_inputs),
 }
 _TANGENT_RULES: dict[str, Callable] = {  # forward mode; the losses have it from torch
     "attention": _attention_tangents,
@@ -891,6 +992,7 @@ _AUTOCAST: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {  # what is 
     "attention_packed": ((0, 1), None),
     "attention_weights": ((0, 1, 3), None),
     "masked_loss": ((0, 1), torch.float32),
+    "additive_attention": ((0, 1, 2), None),  # the score weight may stay in float32
     **{name: ((), None) for name in SCHEMAS if name.endswith(("_backward", "_jvp"))},
 }
 _FLOPS: dict[str, Callable] = {
@@ -900,6 +1002,8 @@ _FLOPS: dict[str, Callable] = {
     "attention_packed_backward": _attention_packed_backward_flops,
     "attention_weights": _attention_weights_flops,
     "attention_weights_backward": _attention_weights_backward_flops,
+    "additive_attention": _additive_flops,
+    "additive_attention_backward": _additive_backward_flops,
     "attention_jvp": _derivative_flops(0, 10, False, 3, 2),
     "attention_jvp_jvp": _derivative_flops(0, 12, False, 7, 3),
     "attention_backward_jvp": _derivative_flops(4, 12, False, 7, 5),
@@ -1007,6 +1111,8 @@ _VMAP_RULES: dict[str, Callable[[str], Callable]] = {
     "mask_tiles": lambda name: _mask_tiles_rule,
     "masked_loss": _each_sample_rule,
     "masked_loss_backward": _each_sample_rule,
+    "additive_attention": _each_sample_rule,
+    "additive_attention_backward": _each_sample_rule,
 }
 
 
@@ -1267,3 +1373,7 @@ attention_weights_jvp_jvp = _call("attention_weights_jvp_jvp", 12)
 attention_weights_backward_jvp = _call("attention_weights_backward_jvp", 10, anchor=2)
 masked_loss = _call("masked_loss", 2, differentiable=_differentiable_loss)
 masked_loss_backward = _call("masked_loss_backward", 3, differentiable=_differentiable_loss_backward)
+additive_attention = _call("additive_attention", 4, differentiable=_differentiable_additive)
+additive_attention_backward = _call(
+    "additive_attention_backward", 8, anchor=2, differentiable=_differentiable_additive_backward
+)

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "fastattn"
 
 # For each part, the parts of fastattn that it may import besides its own modules. Nothing imports upward.
 MASKS = {"masks", "tiles"}
-PUBLIC = {"attention", "losses"}
+PUBLIC = {"additive", "attention", "losses"}
 ALLOWED = {
     "masks": {"tiles"},
     "tiles": {"masks"},
@@ -24,6 +24,7 @@ ALLOWED = {
     "dispatch": {"backends"} | MASKS,
     "ops": {"dispatch", "backends"} | MASKS,  # backends.derivatives serves every backend
     "attention": {"ops", "dispatch"} | MASKS,
+    "additive": {"attention", "ops", "dispatch"} | MASKS,
     "losses": {"ops", "dispatch"} | MASKS,
     "nn": PUBLIC | MASKS,
     "integrations": PUBLIC | MASKS | {"nn", "dispatch", "ops", "backends"},  # export: the formulas of the reference
@@ -117,7 +118,8 @@ def test_the_package_holds_the_public_names_and_nothing_else():
 
 def test_the_names_of_the_architecture_are_public():
     for name in (
-        "Mask MaskedMSELoss MultiheadAttention PatchMask SimMIM attention attention_varlen attention_weights explain "
+        "AdditiveAttention Mask MaskedMSELoss MultiheadAttention PatchMask SimMIM additive_attention attention "
+        "attention_varlen attention_weights explain "
         "masked_l1_loss masked_mse_loss masked_smooth_l1_loss replace_multihead_attention scaled_dot_product_attention "
         "use_backend"
     ).split():

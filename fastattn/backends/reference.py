@@ -6,6 +6,8 @@ that expands a mask. Gradients are explicit, as the kernels compute them (FlashA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,9 @@ from fastattn.backends.reference_loss import masked_loss, masked_loss_backward_n
 from fastattn.masks import KernelMask
 
 __all__ = [
+    "additive_attention_backward",
+    "additive_attention_forward",
+    "additive_weights",
     "attention_backward",
     "attention_forward",
     "attention_weights",
@@ -263,3 +268,135 @@ def attention_weights_backward(
     grad_query.copy_(dq)
     grad_key.copy_(dk)
     return grad_query, grad_key, grad_bias, -ds.sum(-1).to(lse.dtype)
+
+
+# Additive attention ---------------------------------------------------------------------------------------------------
+# A few queries at a time: no tensor has more than _MAX_ELEMENTS elements, or those of a single query, for all pairs and
+# features. Nothing is written in place, so that forward and gradient can themselves be differentiated.
+
+_MAX_ELEMENTS = 2**21
+
+
+class _AdditiveProblem:
+    """The inputs in the dtype of the arithmetic, with what no query may attend to set to 0: 0 * NaN is NaN."""
+
+    def __init__(self, query: Tensor, key: Tensor, score_weight: Tensor, mask: KernelMask | None) -> None:
+        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.len_q, self.len_k = query.shape[1], key.shape[1]
+        self.mask = mask
+        self.query, self.key = query.to(self.dtype), key.to(self.dtype)
+        self.weight = score_weight.to(self.dtype)
+        self.live_key: Tensor | None = None  # (B|1, S, 1)
+        if mask is not None:
+            for rows in self.blocks():
+                keep = self.keep(rows).any(-2).unsqueeze(-1)
+                self.live_key = keep if self.live_key is None else self.live_key | keep
+            self.key = self.of_live_keys(self.key)
+
+    def blocks(self) -> Iterator[slice]:
+        """Ranges of the queries."""
+        batch, len_k, features = self.key.shape
+        step = max(1, _MAX_ELEMENTS // max(1, batch * len_k * features))
+        yield from (slice(i, min(i + step, self.len_q)) for i in range(0, self.len_q, step))
+
+    def keep(self, rows: slice) -> Tensor:
+        """Who may attend among these queries, bool (B|1, rows, S)."""
+        keep = expand_range(
+            self.mask, self.len_q, self.len_k, (rows.start, rows.stop), (0, self.len_k), self.key.device
+        )
+        return keep[:, 0].expand(-1, rows.stop - rows.start, self.len_k)
+
+    def of_live_keys(self, x: Tensor) -> Tensor:
+        return x if self.live_key is None else x.where(self.live_key, 0)
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """tanh(q + k) (B, rows, S, A), the scores (B, rows, S), -inf where the mask forbids, and who may attend."""
+        keep = self.keep(rows)
+        query = self.query[:, rows].where(keep.any(-1, keepdim=True), 0)
+        features = torch.tanh(query.unsqueeze(2) + self.key.unsqueeze(1))
+        return features, (features @ self.weight).where(keep, -torch.inf), keep
+
+
+def _probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax (B, rows, S) and the log of its denominator (B, rows); 0 and -inf on a row without keys, whose gradients
+    are 0."""
+    if scores.shape[-1] == 0:
+        return scores, scores.sum(-1) - torch.inf
+    largest = scores.detach().amax(-1, keepdim=True)
+    empty = largest == -torch.inf
+    shift = largest.masked_fill(empty, 0)
+    p = torch.exp(scores - shift)
+    total = p.sum(-1, keepdim=True).masked_fill(empty, 1)
+    return p / total, (total.log() + shift).masked_fill(empty, -torch.inf).squeeze(-1)
+
+
+def additive_attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, mask: KernelMask | None
+) -> tuple[Tensor, Tensor]:
+    """out (B, L, Dv) in the dtype of query, and lse (B, L) in that of the arithmetic, both contiguous.
+
+    query (B, L, A), key (B, S, A), value (B, S, Dv), score_weight (A,); the heads of the mask are 1.
+    """
+    problem = _AdditiveProblem(query, key, score_weight, mask)
+    value = problem.of_live_keys(value.to(problem.dtype))
+    out = [query.new_empty(query.shape[0], 0, value.shape[2], dtype=problem.dtype)]
+    lse = [query.new_empty(query.shape[0], 0, dtype=problem.dtype)]
+    for rows in problem.blocks():
+        p, row_lse = _probabilities(problem.rows(rows)[1])
+        out.append(p @ value)
+        lse.append(row_lse)
+    return torch.cat(out, 1).to(query.dtype), torch.cat(lse, 1)
+
+
+def additive_attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_weight: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: KernelMask | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and score_weight, contiguous, each in the dtype of its input."""
+    problem = _AdditiveProblem(query, key, score_weight, mask)
+    live_value = problem.of_live_keys(value.to(problem.dtype))
+    grad_query = [torch.zeros_like(problem.query[:, :0])]
+    grad_key = torch.zeros_like(problem.key)
+    grad_value = torch.zeros_like(live_value)
+    grad_weight = torch.zeros_like(problem.weight)
+    for rows in problem.blocks():
+        features, scores, keep = problem.rows(rows)
+        p, _ = _probabilities(scores)
+        live_row = keep.any(-1, keepdim=True)
+        do = grad_out[:, rows].to(problem.dtype).where(live_row, 0)
+        dp = do @ live_value.transpose(-1, -2)
+        # From the scores, not from `out` and `lse`: the derivative of this function counts the whole dependence.
+        inner = dp - (p * dp).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            inner = inner + grad_lse[:, rows].to(problem.dtype).unsqueeze(-1).where(live_row, 0)
+        ds = (p * inner).where(keep, 0)
+        # d tanh(x) / dx = 1 - tanh(x)²
+        through = ds.unsqueeze(-1) * (1 - features * features)  # (B, rows, S, A)
+        grad_query.append(through.sum(2) * problem.weight)
+        grad_key = grad_key + through.sum(1) * problem.weight
+        grad_value = grad_value + p.transpose(-1, -2) @ do
+        grad_weight = grad_weight + (ds.unsqueeze(-1) * features).sum((0, 1, 2))
+    return (
+        torch.cat(grad_query, 1).to(query.dtype),
+        grad_key.to(key.dtype),
+        grad_value.to(value.dtype),
+        grad_weight.to(score_weight.dtype),
+    )
+
+
+def additive_weights(query: Tensor, key: Tensor, lse: Tensor, score_weight: Tensor, mask: KernelMask | None) -> Tensor:
+    """exp(score - lse), (B, L, S) in the dtype of query; 0 where the mask forbids."""
+    problem = _AdditiveProblem(query, key, score_weight, mask)
+    weights = [query.new_empty(query.shape[0], 0, key.shape[1])]
+    for rows in problem.blocks():
+        shift = lse[:, rows].to(problem.dtype).unsqueeze(-1)
+        scores = problem.rows(rows)[1]
+        weights.append(torch.exp(scores - shift.where(shift != -torch.inf, 0)).to(query.dtype))
+    return torch.cat(weights, 1)

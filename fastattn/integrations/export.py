@@ -163,10 +163,33 @@ def _masked_loss(input: Tensor, target: Tensor, mask: Tensor, *rest: Any) -> tup
     return loss, reference_loss.differentiable_gradient(input, target, mask, *options)
 
 
+def _additive_attention(
+    query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    keep = _keep(rest[:_NUM_MASK], query.shape[1], key.shape[1], query.device)
+    live_key = _live_key(keep)
+    dtype = lse_dtype(query.dtype)
+    q = query.to(dtype)
+    if keep is not None:
+        q = torch.where(keep[:, 0].any(-1, keepdim=True), q, 0.0)
+    k, v = (_per_query_head(x.unsqueeze(1), 1, live_key, dtype).squeeze(1) for x in (key, value))
+    scores = (torch.tanh(q.unsqueeze(2) + k.unsqueeze(1)) * score_weight.to(dtype)).sum(-1)  # (B, L, S)
+    if keep is None:
+        p, lse = torch.softmax(scores, dim=-1), torch.logsumexp(scores, dim=-1)
+    else:
+        scores = torch.where(keep[:, 0], scores, -torch.inf)
+        live = (scores != -torch.inf).any(-1, keepdim=True)
+        scores = torch.where(live, scores, 0.0)
+        p = torch.where(live, torch.softmax(scores, dim=-1), 0.0)
+        lse = torch.where(live.squeeze(-1), torch.logsumexp(scores, dim=-1), -torch.inf)
+    return (p @ v).to(query.dtype), lse
+
+
 _FORMULAS: dict[str, Callable] = {
     "attention": _attention,
     "attention_packed": _attention_packed,
     "attention_weights": _attention_weights,
     "mask_tiles": _mask_tiles,
     "masked_loss": _masked_loss,
+    "additive_attention": _additive_attention,
 }
