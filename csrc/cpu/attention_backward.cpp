@@ -27,10 +27,14 @@
 // No pair of a full tile meets mask code. In a partial tile dead rows and keys at the ends are cut off; P and dS of the other
 // dead pairs are replaced by 0, whatever NaN they hold; rows of K, Q and dO that are dead for the whole tile are replaced by
 // zeros before they are multiplied by those, because 0 * NaN is NaN.
+//
+// Keys padded at random are gathered (live_keys.h): tiles count live keys, dK and dV of the others are zeros. Not so with a bias
+// gradient, which is written in tiles of neighbours.
 #include <cmath>
 
 #include "../core/softmax.h"
 #include "bias.h"
+#include "live_keys.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -77,10 +81,13 @@ struct Scratch {
   T* grad_query;             // [query heads of a group, L, ld_k], unless in place or in parts
   T *p, *ds, *bias;          // [kTileM, kTileN]
   T *key_t, *value_t;        // [D, kTileN], [Dv, kTileN]
+  T* value;                  // [kTileN, ld_v], when keys are gathered
   T *key, *live_key, *grad_key, *grad_value;  // [kTileN, ld]
   T *query, *grad_out;       // [kTileM, ld]
   T* staging;
 };
+
+static bool gathers(const AttentionBackwardParams& p) { return can_gather(p) && !p.grad_bias; }
 
 template <typename T>
 static Scratch<T> carve(Arena& arena, const AttentionBackwardParams& p, const Plan& plan) {
@@ -97,6 +104,7 @@ static Scratch<T> carve(Arena& arena, const AttentionBackwardParams& p, const Pl
   // A product that starts at a later key reads whole vectors past the end of the last row.
   s.key_t = arena.take<T>(p.dim_qk * kTileN + W);
   s.value_t = arena.take<T>(p.dim_v * kTileN + W);
+  s.value = arena.take<T>(gathers(p) ? kTileN * s.ld_v : 0);
   s.key = arena.take<T>(kTileN * s.ld_k);
   s.live_key = arena.take<T>(kTileN * s.ld_k);
   s.grad_key = arena.take<T>(kTileN * s.ld_k);
@@ -107,13 +115,23 @@ static Scratch<T> carve(Arena& arena, const AttentionBackwardParams& p, const Pl
   return s;
 }
 
-// Parts of dQ, [chunks, B, Hq, L, ld_k], behind the order of the items in the shared part of the workspace.
+// The part of the workspace that the threads share.
 template <typename T>
-static T* carve_shared(Arena& arena, const AttentionBackwardParams& p, const Plan& plan, int64_t** order, int64_t** cost) {
-  *order = arena.take<int64_t>(plan.items);
-  *cost = arena.take<int64_t>(plan.items);
+struct Shared {
+  int64_t *order, *cost;  // of the items
+  LiveKeyLists lists;
+  T* parts;               // of dQ, [chunks, B, Hq, L, ld_k]
+};
+
+template <typename T>
+static Shared<T> carve_shared(Arena& arena, const AttentionBackwardParams& p, const Plan& plan) {
+  Shared<T> s;
+  s.order = arena.take<int64_t>(plan.items);
+  s.cost = arena.take<int64_t>(plan.items);
+  s.lists = carve_live_keys(arena, p, gathers(p));
   const int64_t ld = round_up(static_cast<int>(p.dim_qk), kWidth<T>);
-  return arena.take<T>(plan.chunks > 1 ? plan.chunks * p.batch * p.heads_q * p.len_q * ld : 0);
+  s.parts = arena.take<T>(plan.chunks > 1 ? plan.chunks * p.batch * p.heads_q * p.len_q * ld : 0);
+  return s;
 }
 
 // ---- one tile pair, between the products ----
@@ -219,12 +237,28 @@ static Rows<T> tile_rows(const TensorRef& x, int64_t b, int64_t h, int64_t i0, i
   return {scratch, ld};
 }
 
+static void* key_row(const TensorRef& x, int64_t b, int64_t h_kv, int64_t j) {
+  return element(x.ptr, x.dtype, b * x.stride[0] + h_kv * x.stride[1] + j * x.stride[2]);
+}
+
+// Gradients of the padded keys [first, last): zeros.
+static void clear_keys(const AttentionBackwardParams& p, int64_t b, int64_t h_kv, int64_t first, int64_t last) {
+  for (int64_t j = first; j < last; ++j) {
+    std::memset(key_row(p.grad_key, b, h_kv, j), 0, p.dim_qk * element_size(p.grad_key.dtype));
+    std::memset(key_row(p.grad_value, b, h_kv, j), 0, p.dim_v * element_size(p.grad_value.dtype));
+  }
+}
+
+// Keys [j0, j0 + kTileN), counted among the live keys where these are gathered.
 template <typename T>
-static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, const Group<T>& group, int64_t j0) {
-  const int tile_keys = static_cast<int>(min64(kTileN, p.len_k - j0));
+static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, const Group<T>& group,
+                     const LiveKeys& live, int64_t j0) {
+  const int tile_keys = static_cast<int>(min64(kTileN, live.count - j0));
+  const int32_t* const position = live.position ? live.position + j0 : nullptr;
+  const int64_t first_key = position ? position[0] : j0, last_key = position ? position[tile_keys - 1] + 1 : j0 + tile_keys;
   const int dim_qk = static_cast<int>(p.dim_qk), dim_v = static_cast<int>(p.dim_v);
   const int64_t b = group.b;
-  const KeyInterval range = query_range(p.mask, b, j0, j0 + tile_keys, p.len_q);
+  const KeyInterval range = query_range(p.mask, b, first_key, last_key, p.len_q);
   std::memset(s.grad_key, 0, tile_keys * s.ld_k * sizeof(T));
   std::memset(s.grad_value, 0, tile_keys * s.ld_v * sizeof(T));
 
@@ -239,7 +273,8 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
     for (int64_t i0 = first; i0 < last; i0 += kTileM) {
       const int tile_rows_count = static_cast<int>(min64(kTileM, p.len_q - i0));
       const bool in_range = i0 + kTileM > range.first && i0 < range.last;
-      if (in_range) make_tile_mask(mask, p.mask, b, h, i0, tile_rows_count, j0, tile_keys);
+      if (in_range && position) make_gathered_mask(mask, p.mask, b, i0, tile_rows_count, position, tile_keys);
+      else if (in_range) make_tile_mask(mask, p.mask, b, h, i0, tile_rows_count, j0, tile_keys);
       // A full tile overwrites its part of the bias gradient instead, unless others add to the same part.
       const bool full = in_range && mask.tile_class == TileClass::kFull;
       const bool overwrites = clears && full && p.grad_bias.stride[2] && p.grad_bias.stride[3];
@@ -247,12 +282,20 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       if (!in_range || mask.tile_class == TileClass::kEmpty) continue;
 
       if (!key.ptr) {
-        const auto tile = [&](const TensorRef& x) {
-          return element(x.ptr, x.dtype, b * x.stride[0] + group.h_kv * x.stride[1] + j0 * x.stride[2]);
-        };
-        transpose_rows<T>(s.key_t, kTileN, tile(p.key), p.key.dtype, p.key.stride[2], tile_keys, dim_qk, T(1), s.staging);
-        transpose_rows<T>(s.value_t, kTileN, tile(p.value), p.value.dtype, p.value.stride[2], tile_keys, dim_v, T(1), s.staging);
-        key = tile_rows<T>(p.key, b, group.h_kv, j0, tile_keys, dim_qk, 0, s.key, s.ld_k);
+        if (position) {
+          gather_rows(s.key, s.ld_k, key_row(p.key, b, group.h_kv, 0), p.key.dtype, p.key.stride[2], position, tile_keys, dim_qk);
+          gather_rows(s.value, s.ld_v, key_row(p.value, b, group.h_kv, 0), p.value.dtype, p.value.stride[2], position, tile_keys,
+                      dim_v);
+          key = {s.key, s.ld_k};
+          transpose_rows<T>(s.key_t, kTileN, s.key, kComputeDType<T>, s.ld_k, tile_keys, dim_qk, T(1), s.staging);
+          transpose_rows<T>(s.value_t, kTileN, s.value, kComputeDType<T>, s.ld_v, tile_keys, dim_v, T(1), s.staging);
+        } else {
+          transpose_rows<T>(s.key_t, kTileN, key_row(p.key, b, group.h_kv, j0), p.key.dtype, p.key.stride[2], tile_keys, dim_qk,
+                            T(1), s.staging);
+          transpose_rows<T>(s.value_t, kTileN, key_row(p.value, b, group.h_kv, j0), p.value.dtype, p.value.stride[2], tile_keys,
+                            dim_v, T(1), s.staging);
+          key = tile_rows<T>(p.key, b, group.h_kv, j0, tile_keys, dim_qk, 0, s.key, s.ld_k);
+        }
       }
 
       // Rows [top, bottom) and keys [left, right) of the tile: outside these all is dead. The holes inside are dead too.
@@ -274,13 +317,18 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       const T *const shift = s.shift + g * p.len_q + i0 + top, *const delta = s.delta + g * p.len_q + i0 + top;
       terms.first_bit = left;
       terms.allowed = full ? nullptr : mask.rows + top;
-      if (p.bias) {
+      if (p.bias && position) {
+        gather_bias(s.bias, p.bias, b, h, i0 + top, rows, position + left, keys);
+        terms.bias = s.bias;
+        terms.ld_bias = kTileN;
+      } else if (p.bias) {
         const Rows<T> bias = bias_rows(p.bias, b, h, i0 + top, rows, j0 + left, keys, s.bias);
         terms.bias = bias.ptr;
         terms.ld_bias = bias.ld;
       }
       if (p.dropout.p > 0) {
-        make_dropout_tile(kept, p.dropout, b, h, i0 + top, rows, j0);
+        if (position) make_gathered_dropout(kept, p.dropout, b, h, i0 + top, rows, position, right);
+        else make_dropout_tile(kept, p.dropout, b, h, i0 + top, rows, j0);
         terms.kept = kept;
       }
       if (terms.allowed || terms.bias || terms.kept)
@@ -307,13 +355,15 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
     }
   }
 
+  int64_t next = !position ? j0 : j0 ? position[-1] + 1 : 0;  // the first key not yet written
   for (int r = 0; r < tile_keys; ++r) {
-    const auto row = [&](const TensorRef& x) {
-      return element(x.ptr, x.dtype, b * x.stride[0] + group.h_kv * x.stride[1] + (j0 + r) * x.stride[2]);
-    };
-    store_row(row(p.grad_key), p.grad_key.dtype, s.grad_key + r * s.ld_k, dim_qk, static_cast<T>(p.scale));
-    store_row(row(p.grad_value), p.grad_value.dtype, s.grad_value + r * s.ld_v, dim_v, T(1));
+    const int64_t j = position ? position[r] : j0 + r;
+    clear_keys(p, b, group.h_kv, next, j);
+    next = j + 1;
+    store_row(key_row(p.grad_key, b, group.h_kv, j), p.grad_key.dtype, s.grad_key + r * s.ld_k, dim_qk, static_cast<T>(p.scale));
+    store_row(key_row(p.grad_value, b, group.h_kv, j), p.grad_value.dtype, s.grad_value + r * s.ld_v, dim_v, T(1));
   }
+  if (j0 + tile_keys == live.count) clear_keys(p, b, group.h_kv, next, p.len_k);
 }
 
 static void* grad_query_row(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t i) {
@@ -322,19 +372,20 @@ static void* grad_query_row(const AttentionBackwardParams& p, int64_t b, int64_t
 }
 
 template <typename T>
-static void run_group(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, T* parts, int64_t b, int64_t h_kv,
-                      int64_t chunk) {
+static void run_group(const AttentionBackwardParams& p, const Plan& plan, const Scratch<T>& s, const Shared<T>& shared, int64_t b,
+                      int64_t h_kv, int64_t chunk) {
   const int64_t h = h_kv * plan.query_heads;
   Group<T> group{b, h_kv, h, s.grad_query, p.len_q * s.ld_k, s.ld_k};
   if (plan.chunks > 1)
-    group.grad_query = parts + ((chunk * p.batch + b) * p.heads_q + h) * p.len_q * s.ld_k;
+    group.grad_query = shared.parts + ((chunk * p.batch + b) * p.heads_q + h) * p.len_q * s.ld_k;
   else if (plan.query_in_place) {
     group.grad_query = static_cast<T*>(grad_query_row(p, b, h, 0));
     group.stride_head = p.grad_query.stride[1];
     group.stride_row = p.grad_query.stride[2];
   }
   prepare_rows(p, plan, s, group);
-  for (int64_t j0 = chunk * kTileN; j0 < p.len_k; j0 += plan.chunks * kTileN) key_tile(p, plan, s, group, j0);
+  const LiveKeys live = shared.lists.of(b);
+  for (int64_t j0 = chunk * kTileN; j0 < live.count; j0 += plan.chunks * kTileN) key_tile(p, plan, s, group, live, j0);
   if (plan.chunks > 1) return;
   for (int64_t g = 0; g < plan.query_heads; ++g)
     for (int64_t i = 0; i < p.len_q; ++i)
@@ -354,13 +405,16 @@ static ItemGroups item_groups(const AttentionBackwardParams& p, const Plan& plan
 }
 
 // Pairs that an item will touch, by arithmetic, or tiles where a tile map tells.
-static int64_t item_cost(const AttentionBackwardParams& p, const Plan& plan, int64_t item) {
+static int64_t item_cost(const AttentionBackwardParams& p, const Plan& plan, const LiveKeyLists& lists, int64_t item) {
   const ItemGroups groups = item_groups(p, plan, item);
   const bool mapped = p.mask.live_t && p.mask.block_m == kTileM && p.mask.block_n == kTileN;
   int64_t cost = 0;
   for (int64_t b = groups.first_batch; b < groups.last_batch; ++b) {
-    for (int64_t j0 = groups.chunk * kTileN; j0 < p.len_k; j0 += plan.chunks * kTileN) {
-      const KeyInterval rows = query_range(p.mask, b, j0, min64(j0 + kTileN, p.len_k), p.len_q);
+    const LiveKeys live = lists.of(b);
+    for (int64_t j0 = groups.chunk * kTileN; j0 < live.count; j0 += plan.chunks * kTileN) {
+      const int64_t last = min64(j0 + kTileN, live.count) - 1;
+      const KeyInterval rows = live.position ? query_range(p.mask, b, live.position[j0], live.position[last] + 1, p.len_q)
+                                             : query_range(p.mask, b, j0, last + 1, p.len_q);
       const int64_t in_range = max64(0, rows.last - rows.first);
       if (!mapped || !in_range) {
         cost += in_range * (groups.last_head - groups.first_head) * plan.query_heads;
@@ -382,8 +436,7 @@ template <typename T>
 static int64_t workspace_bytes(const AttentionBackwardParams& p) {
   const Plan plan = make_plan<T>(p);
   Arena shared(nullptr), thread(nullptr);
-  int64_t *order, *cost;
-  carve_shared<T>(shared, p, plan, &order, &cost);
+  carve_shared<T>(shared, p, plan);
   carve<T>(thread, p, plan);
   return kAlignment + shared.used + p.num_threads * thread.used;
 }
@@ -392,14 +445,14 @@ template <typename T>
 static void run(const AttentionBackwardParams& p) {
   const Plan plan = make_plan<T>(p);
   if (plan.items == 0) return;
-  Arena shared(align_pointer(p.workspace)), counter(nullptr);
-  int64_t *order, *cost;
-  T* const parts = carve_shared<T>(shared, p, plan, &order, &cost);
+  Arena arena(align_pointer(p.workspace)), counter(nullptr);
+  const Shared<T> shared = carve_shared<T>(arena, p, plan);
+  fill_live_keys(shared.lists, p.mask);
   carve<T>(counter, p, plan);
   const int64_t thread_bytes = counter.used;
-  char* const scratch = shared.base + shared.used;
-  for (int64_t n = 0; n < plan.items; ++n) cost[n] = has_mask(p.mask) ? item_cost(p, plan, n) : 0;
-  order_by_cost(order, cost, plan.items);
+  char* const scratch = arena.base + arena.used;
+  for (int64_t n = 0; n < plan.items; ++n) shared.cost[n] = has_mask(p.mask) ? item_cost(p, plan, shared.lists, n) : 0;
+  order_by_cost(shared.order, shared.cost, plan.items);
 
   const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -408,15 +461,15 @@ static void run(const AttentionBackwardParams& p) {
     const Scratch<T> s = carve<T>(own, p, plan);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < plan.items; ++n) {
-      const ItemGroups groups = item_groups(p, plan, order[n]);
+      const ItemGroups groups = item_groups(p, plan, shared.order[n]);
       for (int64_t b = groups.first_batch; b < groups.last_batch; ++b)
-        for (int64_t h = groups.first_head; h < groups.last_head; ++h) run_group(p, plan, s, parts, b, h, groups.chunk);
+        for (int64_t h = groups.first_head; h < groups.last_head; ++h) run_group(p, plan, s, shared, b, h, groups.chunk);
     }
     if (plan.chunks > 1) {
       const int64_t rows = p.batch * p.heads_q * p.len_q, part = rows * s.ld_k;
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows; ++row) {
-        T* const first = parts + row * s.ld_k;
+        T* const first = shared.parts + row * s.ld_k;
         for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
           for (int64_t d = 0; d < s.ld_k; ++d) first[d] += first[chunk * part + d];
         const int64_t bh = row / p.len_q;

@@ -14,12 +14,13 @@
 //
 // No pair of a full tile meets mask code. In a partial tile dead keys at the ends are cut off; scores of the other dead
 // pairs are replaced, never added to, so NaN in a dead key does not spread; rows of V that are dead for the whole sub-tile
-// are replaced by zeros, because 0 * NaN is NaN.
+// are replaced by zeros, because 0 * NaN is NaN. Keys padded at random are gathered: live_keys.h.
 //
 // A row's result depends on its own sequence of key tiles only: not on threads, on the order of the items or on their size.
 #include "attention_decode.h"
 #include "bias.h"
 #include "forward_rows.h"
+#include "live_keys.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -56,7 +57,7 @@ struct Scratch {
   int64_t ld_k, ld_v;
   T *query, *out, *row_max, *row_sum;  // per sub-tile
   T *scores, *rescale;
-  T *key, *key_t, *value, *live_value, *bias, *staging;
+  T *key, *key_t, *value, *live_value, *bias, *gathered_bias, *staging;
 };
 
 template <typename T>
@@ -76,6 +77,7 @@ static Scratch<T> carve(Arena& arena, const AttentionForwardParams& p, const Pla
   s.value = arena.take<T>(kTileN * s.ld_v);
   s.live_value = arena.take<T>(kTileN * s.ld_v);
   s.bias = arena.take<T>(p.bias ? kTileN * kTileM : 0);
+  s.gathered_bias = arena.take<T>(p.bias && can_gather(p) ? kTileN * kTileM : 0);
   s.staging = arena.take<T>(W * max64(s.ld_k, kTileN));
   return s;
 }
@@ -167,10 +169,12 @@ struct SubTile {
   T *query, *out, *row_max, *row_sum;
 };
 
-// A sub-tile against keys j0 + begin .. j0 + begin + keys - 1 of a tile that is not empty.
+// A sub-tile against keys j0 + begin .. j0 + begin + keys - 1 of a tile that is not empty, counted among the live keys where
+// these are gathered.
 template <typename T>
 struct TilePair {
   int64_t b, h, j0;
+  const int32_t* position;  // of the tile's keys where these are gathered, else null
   int begin, keys;
   Rows<T> key;  // the first of those keys
   const TileMask* mask;
@@ -188,8 +192,12 @@ static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, 
   ScoreTerms<T> terms{pair.scale, pair.to_log2, nullptr, nullptr, nullptr};
   uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];
   if (p.bias) {
-    load_transposed(s.bias, ld, p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys,
-                    T(1), s.staging);
+    if (pair.position) {
+      gather_bias(s.gathered_bias, p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.position + pair.begin, pair.keys);
+      transpose_rows<T>(s.bias, ld, s.gathered_bias, kComputeDType<T>, kTileN, sub.rows, pair.keys, T(1), s.staging);
+    } else {
+      load_transposed(s.bias, ld, p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys, T(1), s.staging);
+    }
     terms.bias = s.bias;
   }
   if (pair.partial()) {
@@ -197,7 +205,10 @@ static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, 
     terms.allowed = allowed + pair.begin;
   }
   if (p.dropout.p > 0) {
-    make_dropout_tile(kept_rows, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.j0);
+    if (pair.position)
+      make_gathered_dropout(kept_rows, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.position, pair.begin + pair.keys);
+    else
+      make_dropout_tile(kept_rows, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.j0);
     transpose_bits(kept, kept_rows);
     terms.kept = kept + pair.begin;
   }
@@ -213,14 +224,23 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
                                  const TilePair<T>& pair) {
   const uint64_t all = bits_before(pair.keys, 0);
   Rows<T> bias{nullptr, 0};
-  if (p.bias) bias = bias_rows(p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys, s.bias);
+  uint64_t dropout_words[kTileM];
+  if (p.bias && pair.position) {
+    gather_bias(s.gathered_bias, p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.position + pair.begin, pair.keys);
+    bias = {s.gathered_bias, kTileN};
+  } else if (p.bias) {
+    bias = bias_rows(p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys, s.bias);
+  }
+  if (p.dropout.p > 0 && pair.position)
+    make_gathered_dropout(dropout_words, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.position, pair.begin + pair.keys);
+  else if (p.dropout.p > 0)
+    make_dropout_tile(dropout_words, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.j0);
   few_scores(s.scores, pair.key.ptr, kComputeDType<T>, pair.key.ld, pair.keys, sub.query, s.ld_k, sub.rows,
              static_cast<int>(p.dim_qk), s.key_t, s.staging);
   for (int r = 0; r < sub.rows; ++r) {
     uint64_t allowed = all, kept = all;
     if (pair.partial()) allowed &= pair.mask->rows[r] >> pair.begin;
-    if (p.dropout.p > 0)
-      kept = dropout_word(p.dropout.seed, dropout_threshold(p.dropout.p), pair.b, pair.h, sub.i0 + r, pair.j0) >> pair.begin;
+    if (p.dropout.p > 0) kept = dropout_words[r] >> pair.begin;
     T* const scores = s.scores + r * kTileN;
     softmax_row(scores, pair.keys, sub.row_max + r, sub.row_sum + r, s.rescale + r, pair.scale,
                 pair.to_log2, bias.ptr ? bias.ptr + r * bias.ld : nullptr, allowed, kept);
@@ -228,7 +248,7 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
 }
 
 template <typename T>
-static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, int64_t item) {
+static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, const LiveKeyLists& lists, int64_t item) {
   constexpr int W = kWidth<T>;
   const int64_t bh = item / plan.items_per_head, b = bh / p.heads_q, h = bh % p.heads_q;
   const int64_t h_kv = h / (p.heads_q / p.heads_kv);
@@ -237,7 +257,8 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   const int dim_qk = static_cast<int>(p.dim_qk), dim_v = static_cast<int>(p.dim_v);
 
   const ScoreScale<T> to(p);
-  const KeyInterval range = key_range(p.mask, b, first_row, last_row, p.len_k);
+  const LiveKeys live = lists.of(b);
+  const KeyInterval range = live.among(key_range(p.mask, b, first_row, last_row, p.len_k));
 
   SubTile<T> sub_tiles[kMaxSubTiles];
   int count = 0;
@@ -272,27 +293,33 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   TileMask mask;
 
   for (int64_t j0 = range.first / kTileN * kTileN; j0 < range.last; j0 += kTileN) {
-    const int tile_keys = static_cast<int>(min64(kTileN, p.len_k - j0));
-    const void* const key_tile = element(p.key.ptr, p.key.dtype,
-                                         b * p.key.stride[0] + h_kv * p.key.stride[1] + j0 * p.key.stride[2]);
-    const void* const value_tile = element(p.value.ptr, p.value.dtype,
-                                           b * p.value.stride[0] + h_kv * p.value.stride[1] + j0 * p.value.stride[2]);
+    const int tile_keys = static_cast<int>(min64(kTileN, live.count - j0));
+    const int32_t* const position = live.position ? live.position + j0 : nullptr;
+    const int64_t first_key = position ? 0 : j0;  // of the rows below
+    const void* const key_rows = element(p.key.ptr, p.key.dtype,
+                                         b * p.key.stride[0] + h_kv * p.key.stride[1] + first_key * p.key.stride[2]);
+    const void* const value_rows = element(p.value.ptr, p.value.dtype,
+                                           b * p.value.stride[0] + h_kv * p.value.stride[1] + first_key * p.value.stride[2]);
     Rows<T> key{nullptr, s.ld_k}, value{nullptr, s.ld_v};
 
     for (int n = 0; n < count; ++n) {
       SubTile<T>& sub = sub_tiles[n];
-      make_tile_mask(mask, p.mask, b, h, sub.i0, sub.rows, j0, tile_keys);
+      if (position) make_gathered_mask(mask, p.mask, b, sub.i0, sub.rows, position, tile_keys);
+      else make_tile_mask(mask, p.mask, b, h, sub.i0, sub.rows, j0, tile_keys);
       if (mask.tile_class == TileClass::kEmpty) continue;
-      if (!key.ptr) {
-        if (key_in_place) key = {static_cast<const T*>(key_tile), p.key.stride[2]};
-        else convert_rows(s.key, s.ld_k, key_tile, p.key.dtype, p.key.stride[2], tile_keys, dim_qk), key.ptr = s.key;
-        if (value_in_place) value = {static_cast<const T*>(value_tile), p.value.stride[2]};
-        else convert_rows(s.value, s.ld_v, value_tile, p.value.dtype, p.value.stride[2], tile_keys, dim_v), value.ptr = s.value;
+      if (!key.ptr && position) {
+        gather_rows(s.key, s.ld_k, key_rows, p.key.dtype, p.key.stride[2], position, tile_keys, dim_qk), key.ptr = s.key;
+        gather_rows(s.value, s.ld_v, value_rows, p.value.dtype, p.value.stride[2], position, tile_keys, dim_v), value.ptr = s.value;
+      } else if (!key.ptr) {
+        if (key_in_place) key = {static_cast<const T*>(key_rows), p.key.stride[2]};
+        else convert_rows(s.key, s.ld_k, key_rows, p.key.dtype, p.key.stride[2], tile_keys, dim_qk), key.ptr = s.key;
+        if (value_in_place) value = {static_cast<const T*>(value_rows), p.value.stride[2]};
+        else convert_rows(s.value, s.ld_v, value_rows, p.value.dtype, p.value.stride[2], tile_keys, dim_v), value.ptr = s.value;
       }
       // Keys [begin, end) of the tile; those outside are dead for the whole sub-tile.
       const int begin = first_bit(mask.columns), end = end_bit(mask.columns), keys = end - begin;
 
-      const TilePair<T> pair{b, h, j0, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, to.scale, to.to_log2};
+      const TilePair<T> pair{b, h, j0, position, begin, keys, {key.ptr + begin * key.ld, key.ld}, &mask, to.scale, to.to_log2};
       if (sub.few)
         probabilities_of_few(p, s, sub, pair);
       else
@@ -326,12 +353,13 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
 // ---- the work list ----
 
 // Pairs an item will touch, by arithmetic, or tiles where a tile map tells.
-static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, int64_t item) {
+static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, const LiveKeyLists& lists, int64_t item) {
   const int64_t bh = item / plan.items_per_head, b = bh / p.heads_q, h = bh % p.heads_q;
   const int64_t first = item % plan.items_per_head * plan.rows_per_item, last = min64(p.len_q, first + plan.rows_per_item);
+  const LiveKeys live = lists.of(b);
   int64_t cost = 0;
   for (int64_t i0 = first; i0 < last; i0 += kTileM) {
-    const KeyInterval keys = key_range(p.mask, b, i0, min64(last, i0 + kTileM), p.len_k);
+    const KeyInterval keys = live.among(key_range(p.mask, b, i0, min64(last, i0 + kTileM), p.len_k));
     int64_t sub_cost = max64(0, keys.last - keys.first);
     if (p.mask.live && p.mask.block_m == kTileM && p.mask.block_n == kTileN) {
       const uint64_t* live = p.mask.live + b * p.mask.stride_map_b + h * p.mask.stride_map_h +
@@ -352,6 +380,7 @@ static int64_t workspace_bytes(const AttentionForwardParams& p) {
   Arena shared(nullptr), thread(nullptr);
   shared.take<int64_t>(plan.items);
   shared.take<int64_t>(plan.items);
+  carve_live_keys(shared, p, can_gather(p));
   carve<T>(thread, p, plan);
   return kAlignment + shared.used + p.num_threads * thread.used;
 }
@@ -364,12 +393,14 @@ static void run(const AttentionForwardParams& p) {
   Arena shared(align_pointer(p.workspace)), counter(nullptr);
   int64_t* const order = shared.take<int64_t>(plan.items);
   int64_t* const cost = shared.take<int64_t>(plan.items);
+  const LiveKeyLists lists = carve_live_keys(shared, p, can_gather(p));
+  fill_live_keys(lists, p.mask);
   carve<T>(counter, p, plan);
   [[maybe_unused]] const int64_t thread_bytes = counter.used;
   char* const scratch = shared.base + shared.used;
   const bool sorted = has_mask(p.mask);
   if (sorted) {
-    for (int64_t n = 0; n < plan.items; ++n) cost[n] = item_cost(p, plan, n);
+    for (int64_t n = 0; n < plan.items; ++n) cost[n] = item_cost(p, plan, lists, n);
     order_by_cost(order, cost, plan.items);
   }
 
@@ -379,7 +410,7 @@ static void run(const AttentionForwardParams& p) {
     Arena own(scratch + thread_number() * thread_bytes);
     const Scratch<T> s = carve<T>(own, p, plan);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < plan.items; ++n) run_item<T>(p, plan, s, sorted ? order[n] : n);
+    for (int64_t n = 0; n < plan.items; ++n) run_item<T>(p, plan, s, lists, sorted ? order[n] : n);
   }
 }
 

@@ -82,10 +82,10 @@ void compare(const AttentionForwardParams& p, const Result& found) {
   }
 }
 
-void test_random_problems(bool decoding) {
+void test_random_problems(bool decoding, bool padded) {
   Random random(7);
-  for (int round = 0; round < (decoding ? 60 : 120); ++round) {
-    const RandomProblem problem(random, decoding);
+  for (int round = 0; round < (decoding || padded ? 60 : 120); ++round) {
+    const RandomProblem problem(random, decoding, padded);
     AttentionForwardParams p;
     static_cast<AttentionParams&>(p) = problem.p;
     const bool rows_first = problem.rows_first;
@@ -170,8 +170,9 @@ void test_large_scores() {
 
 int main(int argc, char** argv) {
   return run_every_level(argc, argv, "attention forward", [] {
-    test_random_problems(false);
-    test_random_problems(true);
+    test_random_problems(false, false);
+    test_random_problems(true, false);
+    test_random_problems(false, true);
     test_empty_problems();
     test_attended_nan();
     test_large_scores();

@@ -104,8 +104,8 @@ struct RandomProblem {
 
   RandomProblem(const RandomProblem&) = delete;
 
-  // `decoding`: few queries, keys in several parts, larger groups of heads.
-  explicit RandomProblem(Random& random, bool decoding = false) {
+  // `decoding`: few queries, keys in several parts, larger groups of heads. `padded`: keys padded at random, no dense mask.
+  explicit RandomProblem(Random& random, bool decoding = false, bool padded = false) {
     const int64_t lengths[] = {1, 2, 3, 17, 48, 63, 64, 65, 113, 130, 197};
     const int64_t caches[] = {0, 1, 64, 511, 512, 513, 600, 1025, 1100, 1536, 1700};
     const int64_t dims[] = {1, 3, 8, 16, 40, 59, 64, 80, 130};
@@ -148,7 +148,7 @@ struct RandomProblem {
       p.mask.key_lengths = key_lengths.data();
       p.mask.stride_key_lengths_b = 1;
     }
-    if (random.chance(0.2)) {
+    if (random.chance(0.2) || padded) {
       for (uint8_t& k : keep) k = random.chance(0.5);
       p.mask.key_keep = keep.data();
       p.mask.stride_keep_b = p.len_k;
@@ -163,7 +163,7 @@ struct RandomProblem {
       p.mask.stride_kseg_b = p.len_k;
       p.mask.stride_qseg_i = p.mask.stride_kseg_j = 1;
     }
-    if (random.chance(0.3)) {  // one dense mask for every batch and head, without the bitmaps of its tiles
+    if (random.chance(0.3) && !padded) {  // one dense mask for every batch and head, without the bitmaps of its tiles
       p.mask.words_per_row = (p.len_k + 63) / 64;
       const double density = random.uniform();
       for (int64_t n = 0; n < p.len_q * p.mask.words_per_row; ++n) {
