@@ -328,6 +328,22 @@ def test_bitwise_the_same_with_any_number_of_threads(normalize_target):
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_large_gradients(dtype, offset):
+    # The CPU kernel writes gradients of 4 MB and more past the caches, where they lie at whole vectors.
+    shape, p = (2, 3, 640, 1216), 32
+    storage = torch.randn(2 * 3 * 640 * 1216 + offset, dtype=dtype)
+    x = storage[offset:].view(shape).requires_grad_()
+    target, mask = torch.randn(shape, dtype=dtype), torch.rand(2, 20, 38) < 0.6
+    (gradient,) = torch.autograd.grad(masked_mse_loss(x, target, mask, patch_size=p, reduction="sum"), x)
+    expected = (2 * (x.detach().float() - target.float())).where(expand(mask, x, p), 0.0).to(dtype)
+    assert torch.equal(gradient, expected)
+    elements = torch.rand(shape[2:]) < 0.5
+    (gradient,) = torch.autograd.grad(masked_mse_loss(x, target, elements, reduction="sum"), x)
+    assert torch.equal(gradient, (2 * (x.detach().float() - target.float())).where(elements, 0.0).to(dtype))
+
+
 def test_sum_of_many_keeps_its_digits(backend):
     """Ten million equal elements: a running float32 sum would be off by percents."""
     x = torch.full((1 << 23,), 0.1)

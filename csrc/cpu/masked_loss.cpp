@@ -21,6 +21,7 @@ constexpr int kChunk = 512;         // elements
 constexpr int64_t kUnit = 1 << 14;  // elements
 constexpr int kWords = kChunk / 64;
 constexpr int kRuns = 64;           // runs of one line that are looked up at a time
+constexpr int64_t kStreamBytes = 4 << 20;  // a gradient from this size on is written past the caches
 
 enum TensorIndex { kInput, kTarget, kLoss, kGradInput, kGradLoss, kTensors };
 
@@ -211,6 +212,13 @@ FASTATTN_INLINE void store_stored(Stored<kType>* p, Vec<T> v, int64_t n) {
     else std::memcpy(p, &h, n * sizeof *p);
   }
 }
+// The same past the caches; p is aligned to the vector.
+template <DType kType, typename T>
+FASTATTN_INLINE void stream_stored(Stored<kType>* p, Vec<T> v, int64_t n) {
+  if (n < kWidth<T>) store_stored<kType, T>(p, v, n);
+  else if constexpr (kType == kComputeDType<T>) stream(p, v);
+  else stream(p, to_halves(v, kType));
+}
 
 // input - target from element k on, 0 where not counted: a select, since 0 * NaN is NaN. `words` null: all count.
 template <typename T>
@@ -253,9 +261,13 @@ struct Run {
 template <LossKind kKind, DType kType, DType kTargetType, typename T>
 static double add_lines(const Stored<kType>* input, int64_t input_stride, const Stored<kTargetType>* target,
                         int64_t target_stride, Stored<kType>* slopes, int64_t slopes_stride, int64_t rows, const Run* runs,
-                        int num_runs, const Constants<T>& c) {
+                        int num_runs, const Constants<T>& c, bool streaming) {
   constexpr int W = kWidth<T>;
   constexpr int64_t kBlock = 16 * W, kAhead = 2;
+  const auto put = [&](Stored<kType>* to, Vec<T> v, int64_t n) __attribute__((always_inline)) {
+    if (streaming) stream_stored<kType, T>(to, v, n);
+    else store_stored<kType, T>(to, v, n);
+  };
   double total = 0;
   Vec<T> block_sum = zero<T>();
   int64_t pending = 0;
@@ -264,7 +276,7 @@ static double add_lines(const Stored<kType>* input, int64_t input_stride, const 
     for (const Run* run = runs; run < runs + num_runs; ++run) {
       if (!run->counted) {
         if (!slopes) continue;
-        for (int64_t k = run->begin; k < run->end; k += W) store_stored<kType, T>(slopes + k, zero<T>(), run->end - k);
+        for (int64_t k = run->begin; k < run->end; k += W) put(slopes + k, zero<T>(), run->end - k);
         continue;
       }
       for (int64_t k0 = run->begin; k0 < run->end; k0 += kBlock) {
@@ -274,7 +286,7 @@ static double add_lines(const Stored<kType>* input, int64_t input_stride, const 
           __builtin_prefetch(target + ahead * target_stride + k, 0, 2);
           const Vec<T> d = load_stored<kType, T>(input + k, end - k) - load_stored<kTargetType, T>(target + k, end - k);
           block_sum += value<kKind, T>(d, c);
-          if (slopes) store_stored<kType, T>(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
+          if (slopes) put(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
         }
         pending += (end - k0 + W - 1) / W * W;  // short runs take a whole addition too
         if (pending < kBlock) continue;
@@ -430,6 +442,7 @@ struct Worker {
   Constants<T> constants;
   double eps;
   bool in_place;  // every tensor is of the input's type, with its elements side by side, and the loss is a sum
+  bool streaming;  // the gradient is written past the caches
 
   template <DType kType>
   double add_in_place(const Line& line, int64_t rows, const Run* runs, int num_runs, const T* prepared) const {
@@ -438,9 +451,10 @@ struct Worker {
     if (prepared)
       return add_lines<kKind, kType, kComputeDType<T>, T>(at(kInput), tensor[kInput].stride[2], prepared, lines.width,
                                                           at(kGradInput), tensor[kGradInput].stride[2], rows, runs,
-                                                          num_runs, constants);
+                                                          num_runs, constants, streaming);
     return add_lines<kKind, kType, kType, T>(at(kInput), tensor[kInput].stride[2], at(kTarget), tensor[kTarget].stride[2],
-                                             at(kGradInput), tensor[kGradInput].stride[2], rows, runs, num_runs, constants);
+                                             at(kGradInput), tensor[kGradInput].stride[2], rows, runs, num_runs, constants,
+                                             streaming);
   }
 
   // This line and the next ones, `rows` in all, cut into the same runs. `prepared`: their target, [rows][width], or null.
@@ -604,12 +618,26 @@ static int64_t scratch_size(const MaskedLossParams& p) {
   return p.patch_size > 0 ? p.size[1] * p.patch_size * p.size[3] : p.size[3];
 }
 
+// A large gradient is not read again before it has left the caches anyway; writing it past them saves reading its lines first.
+// Every run has to start at a whole vector.
+static bool can_stream(const Lines& lines) {
+  const TensorRef& grad = lines.tensor[kGradInput];
+  if (!grad) return false;
+  const int64_t size = element_size(grad.dtype);
+  if (lines.outer[0] * lines.outer[1] * lines.outer[2] * lines.width * size < kStreamBytes) return false;
+  int64_t misaligned = reinterpret_cast<intptr_t>(grad.ptr);
+  for (int d = 0; d < 3; ++d) misaligned |= grad.stride[d] * size;
+  if (lines.cell_width > 1) misaligned |= lines.cell_width * size;  // a mask of elements is taken in chunks
+  return misaligned % kVectorBytes == 0;
+}
+
 template <LossKind kKind, typename T>
 static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   const T beta = static_cast<T>(p.beta);
   bool in_place = !lines.tensor[kLoss] && !lines.tensor[kGradLoss];
   for (const TensorRef& t : lines.tensor) in_place = in_place && (!t || (t.dtype == p.input.dtype && t.stride[3] == 1));
-  const Worker<kKind, T> worker{lines, {beta, 1 / beta, static_cast<T>(scale)}, p.normalize_eps, in_place};
+  const Worker<kKind, T> worker{lines, {beta, 1 / beta, static_cast<T>(scale)}, p.normalize_eps, in_place,
+                               can_stream(lines)};
   Arena shared(align_pointer(p.workspace));
   double* const slots = shared.take<double>(lines.units);
   const int64_t scratch_elements = scratch_size(p);
@@ -620,6 +648,7 @@ static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
     T* const scratch = own.take<T>(scratch_elements);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target, scratch);
+    if (worker.streaming) finish_streams();
   }
   double total = 0;
   for (int64_t unit = 0; unit < lines.units; ++unit) total += slots[unit];

@@ -84,6 +84,41 @@ template <typename T>
 FASTATTN_INLINE Vec<T> zero() {
   return Vec<T>{};
 }
+// A store past the caches, to an address aligned to the size of v: the line is not read first, and does not push others out.
+// Other threads see it after finish_streams().
+template <typename V>
+FASTATTN_INLINE void stream(void* p, V v) {
+#if defined(__SSE2__)
+  if constexpr (sizeof v == 16) {
+    __m128i x;
+    std::memcpy(&x, &v, sizeof v);
+    _mm_stream_si128(static_cast<__m128i*>(p), x);
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) {
+    __m256i x;
+    std::memcpy(&x, &v, sizeof v);
+    _mm256_stream_si256(static_cast<__m256i*>(p), x);
+    return;
+  }
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) {
+    __m512i x;
+    std::memcpy(&x, &v, sizeof v);
+    _mm512_stream_si512(static_cast<__m512i*>(p), x);
+    return;
+  }
+#endif
+  std::memcpy(p, &v, sizeof v);
+}
+FASTATTN_INLINE void finish_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 template <typename To, typename From>
 FASTATTN_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
