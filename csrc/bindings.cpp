@@ -274,6 +274,57 @@ void bind_masked_loss(py::module_& module) {
 
 #if !defined(FASTATTN_CUDA_MODULE)
 
+// sizes: (batch, len_q, len_k, features, dim_v).
+#define FASTATTN_ADDITIVE                                                                                        \
+  const py::tuple &sizes, const TensorRef &query, const TensorRef &key, const TensorRef &value,                  \
+      const TensorRef &score_weight, const py::object &mask, const TensorRef &lse, uint64_t executor
+#define FASTATTN_ADDITIVE_PARAMS(Params) \
+  additive_attention_params<Params>(sizes, query, key, value, score_weight, mask, lse, executor)
+
+template <typename Params>
+Params additive_attention_params(FASTATTN_ADDITIVE) {
+  Params params;
+  int64_t* const fields[] = {&params.batch, &params.len_q, &params.len_k, &params.features, &params.dim_v};
+  int n = 0;
+  for (int64_t* field : fields) *field = py::cast<int64_t>(sizes[n++]);
+  params.query = query;
+  params.key = key;
+  params.value = value;
+  params.score_weight = score_weight;
+  params.mask = mask_params(mask);
+  params.lse = lse;
+  set_executor(params, executor);
+  return params;
+}
+
+void bind_additive_attention(py::module_& module) {
+  launch<AdditiveAttentionForwardParams>(module, "AdditiveAttentionForward", kernels::additive_attention_forward_workspace,
+                                         kernels::additive_attention_forward)
+      .def(py::init([](FASTATTN_ADDITIVE, const TensorRef& out) {
+        auto params = FASTATTN_ADDITIVE_PARAMS(AdditiveAttentionForwardParams);
+        params.out = out;
+        return params;
+      }));
+  launch<AdditiveAttentionBackwardParams>(module, "AdditiveAttentionBackward", kernels::additive_attention_backward_workspace,
+                                          kernels::additive_attention_backward)
+      .def(py::init([](FASTATTN_ADDITIVE, const TensorRef& out, const TensorRef& grad_out, const TensorRef& grad_lse,
+                       const TensorRef& grad_query, const TensorRef& grad_key, const TensorRef& grad_value,
+                       const TensorRef& grad_score_weight) {
+        auto params = FASTATTN_ADDITIVE_PARAMS(AdditiveAttentionBackwardParams);
+        params.out = out;
+        params.grad_out = grad_out;
+        params.grad_lse = grad_lse;
+        params.grad_query = grad_query;
+        params.grad_key = grad_key;
+        params.grad_value = grad_value;
+        params.grad_score_weight = grad_score_weight;
+        return params;
+      }));
+}
+
+#undef FASTATTN_ADDITIVE
+#undef FASTATTN_ADDITIVE_PARAMS
+
 constexpr int64_t kSmallWorkspace = 256 * 1024;  // bytes that a thread keeps
 constexpr int64_t kSmallHeadDim = 256;
 
@@ -417,6 +468,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("supported_levels", supported_levels);
   module.def("attention_forward_small", attention_forward_small);
   bind_rules(module);
+  bind_additive_attention(module);
 #endif
   module.def("build_info", build_info);
   module.attr("TILE_M") = kernels::kTileM;

@@ -50,8 +50,6 @@ def _cpu_why_not(problem: Problem) -> list[str]:
     reasons = []
     if NATIVE_FAILURE is not None:
         reasons.append(f"the native library is not there: {NATIVE_FAILURE}")
-    if problem.operation == "additive_attention":
-        reasons.append("it has no kernel of additive attention")
     if problem.device != "cpu":
         reasons.append(f"it computes on CPU tensors, these are on {problem.device!r}")
     if problem.dtype not in KERNEL_DTYPES:

@@ -142,4 +142,28 @@ struct MaskedLossParams {
   int64_t workspace_bytes = 0;
 };
 
+// Additive attention: out_i = sum_j softmax_j(w . tanh(q_i + k_j)) v_j. The mask has one head, number 0.
+struct AdditiveAttentionParams {
+  int64_t batch = 0, len_q = 0, len_k = 0, features = 0, dim_v = 0;
+  TensorRef query, key, value;   // [B, L, A], [B, S, A], [B, S, Dv]; last stride 1
+  TensorRef score_weight;        // [A] contiguous, of any dtype
+  MaskParams mask;
+  TensorRef lse;                 // [B, L] contiguous; float64 for float64 problems, else float32
+  int num_threads = 1;           // CPU
+  void* stream = nullptr;        // CUDA: the cudaStream_t to launch on
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+};
+
+struct AdditiveAttentionForwardParams : AdditiveAttentionParams {
+  TensorRef out;                 // [B, L, Dv]; last stride 1
+};
+
+struct AdditiveAttentionBackwardParams : AdditiveAttentionParams {
+  TensorRef out, grad_out;       // [B, L, Dv]; last stride 1
+  TensorRef grad_lse;            // [B, L] by strides, dtype of lse; null when there is none
+  TensorRef grad_query, grad_key, grad_value;  // shapes of query, key, value; last stride 1
+  TensorRef grad_score_weight;   // [A] contiguous, of the dtype of score_weight
+};
+
 }  // namespace fastattn

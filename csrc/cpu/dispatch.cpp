@@ -26,13 +26,19 @@ struct Kernels {
   void (*mask_tiles)(const MaskTilesParams&);
   int64_t (*masked_loss_workspace)(const MaskedLossParams&);
   void (*masked_loss)(const MaskedLossParams&);
+  int64_t (*additive_attention_forward_workspace)(const AdditiveAttentionForwardParams&);
+  void (*additive_attention_forward)(const AdditiveAttentionForwardParams&);
+  int64_t (*additive_attention_backward_workspace)(const AdditiveAttentionBackwardParams&);
+  void (*additive_attention_backward)(const AdditiveAttentionBackwardParams&);
 };
 
 #define FASTATTN_LEVEL(level)                                                                                    \
   {#level, supports_##level, level::attention_forward_workspace, level::attention_forward,                       \
    level::attention_backward_workspace, level::attention_backward, level::attention_weights_workspace,           \
    level::attention_weights, level::attention_weights_backward_workspace, level::attention_weights_backward,     \
-   level::mask_tiles, level::masked_loss_workspace, level::masked_loss}
+   level::mask_tiles, level::masked_loss_workspace, level::masked_loss,                                         \
+   level::additive_attention_forward_workspace, level::additive_attention_forward,                               \
+   level::additive_attention_backward_workspace, level::additive_attention_backward}
 
 [[maybe_unused]] bool supports_baseline() { return true; }
 [[maybe_unused]] bool supports_neon() { return true; }  // part of the AArch64 ABI
@@ -109,5 +115,9 @@ FASTATTN_FORWARD(void, attention_weights_backward, AttentionWeightsBackwardParam
 FASTATTN_FORWARD(void, mask_tiles, MaskTilesParams)
 FASTATTN_FORWARD(int64_t, masked_loss_workspace, MaskedLossParams)
 FASTATTN_FORWARD(void, masked_loss, MaskedLossParams)
+FASTATTN_FORWARD(int64_t, additive_attention_forward_workspace, AdditiveAttentionForwardParams)
+FASTATTN_FORWARD(void, additive_attention_forward, AdditiveAttentionForwardParams)
+FASTATTN_FORWARD(int64_t, additive_attention_backward_workspace, AdditiveAttentionBackwardParams)
+FASTATTN_FORWARD(void, additive_attention_backward, AdditiveAttentionBackwardParams)
 
 }  // namespace fastattn::cpu

@@ -28,7 +28,11 @@
   void attention_weights_backward(const AttentionWeightsBackwardParams&);                    \
   void mask_tiles(const MaskTilesParams&);                                                   \
   int64_t masked_loss_workspace(const MaskedLossParams&);                                    \
-  void masked_loss(const MaskedLossParams&);
+  void masked_loss(const MaskedLossParams&);                                                 \
+  int64_t additive_attention_forward_workspace(const AdditiveAttentionForwardParams&);       \
+  void additive_attention_forward(const AdditiveAttentionForwardParams&);                    \
+  int64_t additive_attention_backward_workspace(const AdditiveAttentionBackwardParams&);     \
+  void additive_attention_backward(const AdditiveAttentionBackwardParams&);
 
 namespace fastattn::cpu {
 

@@ -584,6 +584,71 @@ class CpuLibrary(Library):
         )
         return (out, lse) if fits else None
 
+    # Additive attention
+
+    def _additive_shared(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_weight: Tensor,
+        mask: KernelMask | None,
+        lse: Tensor,
+    ) -> tuple[Any, ...]:
+        """The arguments that both launches begin with (csrc/bindings.cpp, additive_attention_params)."""
+        self._check_device("query", query)
+        B, L, A = query.shape
+        S, Dv = value.shape[1:]
+        dtype, device = query.dtype, query.device
+        if dtype not in _DTYPE_CODES:
+            raise TypeError(f"query must be float32, bfloat16, float16 or float64, got {dtype}")
+        _check_like("query", query, (B, L, A), dtype, device)
+        _check_like("key", key, (B, S, A), dtype, device)
+        _check_like("value", value, (B, S, Dv), dtype, device)
+        fits = score_weight.dtype in _DTYPE_CODES
+        _require(fits, "score_weight", score_weight, "a float tensor")
+        _check_like("score_weight", score_weight, (A,), score_weight.dtype, device)
+        _check_like("lse", lse, (B, L), _accumulation_dtype(dtype), device)
+        _require(lse.is_contiguous(), "lse", lse, "contiguous")
+        arguments = _mask_arguments(mask, B, 1, L, S, device)
+        inputs = _ref(query), _ref(key), _ref(value), _ref(score_weight)
+        return (B, L, S, A, Dv), *inputs, arguments, _ref(lse), self._executor()
+
+    def additive_attention_forward(
+        self, query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, mask: KernelMask | None
+    ) -> tuple[Tensor, Tensor]:
+        """out (B, L, Dv) and lse (B, L), contiguous."""
+        out = query.new_empty((*query.shape[:2], value.shape[2]))
+        lse = query.new_empty(query.shape[:2], dtype=_accumulation_dtype(query.dtype))
+        shared = self._additive_shared(query, key, value, score_weight, mask, lse)
+        _run(self._module.AdditiveAttentionForward(*shared, _ref(out)), query)
+        return out, lse
+
+    def additive_attention_backward(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_weight: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: KernelMask | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of query, key, value and score_weight, contiguous."""
+        shared = self._additive_shared(query, key, value, score_weight, mask, lse)
+        grad_out, out = _unit_stride(grad_out), _unit_stride(out)
+        for name, tensor in (("grad_out", grad_out), ("out", out)):
+            _check_like(name, tensor, (*query.shape[:2], value.shape[2]), query.dtype, query.device)
+        if grad_lse is not None:
+            fits = grad_lse.shape == lse.shape and grad_lse.dtype == lse.dtype and grad_lse.device == lse.device
+            _require(fits, "grad_lse", grad_lse, "{} {} on {}", lse.dtype, tuple(lse.shape), lse.device)
+        gradients = tuple(x.new_empty(x.shape) for x in (query, key, value, score_weight))
+        refs = (_ref(x) for x in (out, grad_out, grad_lse, *gradients))
+        _run(self._module.AdditiveAttentionBackward(*shared, *refs), query)
+        return gradients
+
     # The rules of csrc/core, for the tests that compare every implementation of them
 
     def mask_elements(self, mask: KernelMask, B: int, H: int, L: int, S: int) -> Tensor:
