@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from fastattn.bench.contenders import Bound, make_mha, mha_forward, mha_leaves
+from fastattn.bench.contenders import Bound, bind_weights, eager_weights, make_mha, mha_forward, mha_leaves
 from fastattn.bench.models import bind_model, make_model, model_inputs, real_positions, row_length
 from fastattn.bench.workloads import (
     DROPOUT_P,
@@ -15,10 +15,12 @@ from fastattn.bench.workloads import (
     LossCase,
     MhaCase,
     ModelCase,
+    WeightsCase,
     attention_inputs,
     loss_inputs,
     mha_inputs,
     torch_dtype,
+    weights_inputs,
 )
 from torch import Tensor
 
@@ -27,6 +29,8 @@ from fastattn.testing.compare import compare
 from fastattn.testing.oracle import arithmetic_dtype, attention_oracle, loss_oracle, unit_roundoff
 
 MAX_CHECKED_PAIRS = 1 << 22  # (b, h, i, j) evaluated in float64; the check looks at as many heads as that allows
+MAX_HEAD_PAIRS = 1 << 24  # a head with more (i, j) is not evaluated: a shorter sequence is, of so many tokens
+CHECKED_LENGTH = 1024
 DROPOUT_SIGMAS = 6.0
 VANISHING = 1e-10  # of the output
 
@@ -52,7 +56,8 @@ class Check:
 
     The criterion is that of `fastattn.testing.compare`: at most 1.5 times the error that torch's own operation makes on
     the same inputs in the same dtype, plus the rounding noise of one evaluation. Large problems are judged on some of
-    their heads, over the whole batch. Dropout is judged switched off, and by the mean of what it leaves.
+    their heads, over the whole batch, and those too large for that as `checked_form`. Dropout is judged switched off,
+    and by the mean of what it leaves.
     """
 
     def __init__(self, case: Case) -> None:
@@ -61,6 +66,8 @@ class Check:
         self.peer: dict[str, Tensor] | None = None
         if isinstance(case, AttentionCase):
             self._attention(case)
+        elif isinstance(case, WeightsCase):
+            self._weights(case)
         elif isinstance(case, MhaCase):
             self._mha(case)
         elif isinstance(case, ModelCase):
@@ -148,6 +155,14 @@ class Check:
         self.values = {name: expected.values[name] for name in names}
         self.noise = {name: expected.noise[name] for name in names}
 
+    def _weights(self, case: WeightsCase) -> None:
+        x = weights_inputs(case)
+        x = replace(x, **{name: tensor.detach().double().cpu() for name, tensor in vars(x).items()})
+        for leaf in (x.query, x.key, x.value):
+            leaf.requires_grad_(case.backward)
+        self.values = bind_weights(case, x, eager_weights).results()
+        self.noise = self._plain_noise(self.values)
+
     def _mha(self, case: MhaCase) -> None:
         inputs = mha_inputs(case)
         module = make_mha(case).double().cpu()
@@ -202,6 +217,19 @@ class Check:
         names = {"out": "loss"} | ({"dinput": "dinput"} if case.backward else {})
         self.values = {name: expected.values[source] for name, source in names.items()}
         self.noise = {name: expected.noise[source] for name, source in names.items()}
+
+
+def checked_form(case: Case) -> Case:
+    """What is checked in place of a case: it without dropout, and shorter where it has too many pairs to evaluate."""
+    if isinstance(case, MhaCase) and case.length > 2 * CHECKED_LENGTH:
+        return replace(case, length=CHECKED_LENGTH)
+    if not isinstance(case, AttentionCase):
+        return case
+    if case.mask == "dropout":
+        case = replace(case, mask="dense")
+    if case.len_q * case.len_k > MAX_HEAD_PAIRS:
+        case = replace(case, len_q=min(case.len_q, CHECKED_LENGTH), len_k=min(case.len_k, CHECKED_LENGTH))
+    return case
 
 
 def _computed_dtype(case: Case) -> torch.dtype:

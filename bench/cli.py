@@ -9,7 +9,7 @@ import click
 import torch
 from click.core import ParameterSource
 from fastattn.bench import compare as comparison
-from fastattn.bench import models, report, runner, simmim, suites, tables
+from fastattn.bench import models, report, runner, scaling, simmim, suites, tables, targets
 from fastattn.bench import records as recording
 from fastattn.bench.contenders import OURS, Contender, user_contender
 from fastattn.bench.images import photographs, read_directory
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-SUITES = ("attention", "mha", "loss", "simmim", "transformers", "all")
+SUITES = ("attention", "mha", "loss", "simmim", "transformers", "targets", "scaling", "memory", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDTH_WITHOUT_TERMINAL = 190
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
@@ -119,7 +119,13 @@ def _check_writable(option: str, path: Path | None, directory: bool) -> None:
 @click.option("--backward", is_flag=True, help="Forward with backward only.")
 @click.option("--contender", "contenders", multiple=True, metavar="MODULE:FUNCTION", help="Attention to compare with.")
 @click.option("--rounds", type=click.IntRange(min=3), help="Undisturbed samples wanted of each contender.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of both sides.  [default: torch's own]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@click.option("--rows", metavar="TEXT", help="Targets: only the rows whose name contains it.")
+@click.option("--repeat", type=click.IntRange(min=1), help="Targets: so many runs, each in a process of its own.")
+@click.option(
+    "--level", type=click.Choice(tuple(targets.LEVELS)), help="Targets: both sides held to these instructions."
+)
 @click.option("--steps", type=int, help="SimMIM: training steps.")
 @click.option("--size", type=int, help="SimMIM: side of the crops in pixels.")
 @click.option("--seed", type=int, help="SimMIM: seed of parameters, crops and masks.")
@@ -149,7 +155,11 @@ def bench(
     backward: bool,
     contenders: tuple[str, ...],
     rounds: int | None,
+    threads: int | None,
     device: str,
+    rows: str | None,
+    repeat: int | None,
+    level: str | None,
     steps: int | None,
     size: int | None,
     seed: int | None,
@@ -160,8 +170,10 @@ def bench(
 ) -> None:
     """Measure throughput, time and memory beside every peer that is there.
 
-    Every contender is checked against float64 first; one that is wrong gets no speed. The suite all leaves out
-    transformers, which needs that package.
+    Every contender is checked against float64 first; one that is wrong gets no speed. Suites: attention, mha
+    (layers), loss, simmim, transformers (models; needs that package); targets: each CPU kernel beside torch with its
+    target, met when all runs are; scaling: time over the length, the share of live keys and the threads; memory: the
+    peak of training steps; all: the suites without transformers, targets and memory.
     """
     if compared is not None:
         _compare(context, compared, tolerated)
@@ -174,6 +186,9 @@ def bench(
     _refuse_unused(suite, {"--contender": contenders}, ("attention", "all"))
     _refuse_unused(suite, {"--dtype": dtype}, ("attention", "mha", "loss", "all"))
     _refuse_unused(suite, {"--steps": steps, "--size": size, "--seed": seed}, ("simmim", "all"))
+    _refuse_unused(suite, {"--rows": rows, "--repeat": repeat, "--level": level}, ("targets",))
+    if suite in ("targets", "scaling", "memory") and device != "cpu":
+        raise BadOption("--device", f"{suite} is about the CPU, got {device!r}")
     settings = _simmim_settings(steps, size, seed)
     chosen_shapes = None if shapes is None else parse_shapes(shapes)
     chosen_masks = None if masks is None else parse_masks(masks, suites.MHA_MASKS if suite == "mha" else MASK_KINDS)
@@ -186,7 +201,15 @@ def bench(
     _check_writable("--json", json_path, directory=False)
     _check_writable("--report", report_dir, directory=True)
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     plans: list[runner.Plan] = []
+    if suite == "targets":
+        plans += targets.target_plans(quick, rows)
+        if not plans:
+            raise BadOption("--rows", f"no row contains {rows!r}")
+    if suite == "memory":
+        plans += suites.memory_plans()
     if suite in ("attention", "all"):
         plans += suites.attention_plans(quick, chosen_shapes, chosen_masks, dtype, backward, device)
     if suite == "mha":
@@ -198,16 +221,30 @@ def bench(
         if missing is not None:
             raise click.UsageError(missing)
         plans += suites.model_plans(quick, device)
-    plans = [plan for plan in plans if getattr(plan.case, "backward", False) or not backward]
+    if backward:
+        plans = [plan for plan in plans if getattr(plan.case, "backward", False)]
     if suite in ("loss", "all"):
         plans += suites.loss_plans(quick, dtype, backward, device)
 
+    if suite == "scaling" or (suite == "all" and device == "cpu"):
+        plans += scaling.scaling_plans(quick, threads)
     pictures = _pictures(None) if suite in ("simmim", "all") else []
     console = _console()
     environment = recording.environment()
     _print_environment(console, environment)
     records: list[Record] = []
-    if plans:
+    if repeat is not None or level is not None:
+        given = {"--rows": rows, "--rounds": rounds, "--threads": threads}
+        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        options += ["--quick"] * quick + ["--backward"] * backward
+        try:
+            for run in range(1, (repeat or 1) + 1):
+                console.print(f"run {run}")
+                records += targets.run_fresh(options, level, run)
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
+        records = [{**record, "command": environment["command"]} for record in records]
+    elif plans:
         records = _run_plans(console, plans, quick, rounds, user, torch.device(device))
     picture = None
     if pictures:
@@ -279,15 +316,28 @@ def _run_plans(
             mine = user if str(plan.case.describe()["suite"]) == "attention" else ()
             wanted = rounds or plan.rounds or default_rounds
             found = runner.run_case(plan, sentinel, wanted, plan.seconds or default_seconds, mine, tell)
-            collected += found
-            _print_case(console, found)
+            judged = targets.judge(plan, found)
+            collected += [*found, *judged]
+            if judged:
+                _print_row(console, found, judged)
+            else:
+                _print_case(console, found)
             progress.advance(task)
-    console.print(tables.LEGEND, style="dim", soft_wrap=True)
+    if not judged:
+        console.print(tables.LEGEND, style="dim", soft_wrap=True)
     return collected
 
 
+def _print_row(console: Console, found: Sequence[Record], judged: Sequence[Record]) -> None:
+    for cells, met in targets.rows(judged):
+        console.print("  ".join(filter(None, cells)), style="green" if met else "red", soft_wrap=True, markup=False)
+    for record in found:
+        if tables.remark(record):
+            console.print(f"{record['contender']}: {tables.remark(record)}", soft_wrap=True, markup=False)
+
+
 def _print_case(console: Console, found: Sequence[Record]) -> None:
-    columns = tables.COLUMNS[found[0]["suite"]]
+    columns = tables.columns(found)
     table = Table(title=found[0]["title"], title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in ("", *columns):
         table.add_column(column, overflow="fold")
@@ -347,8 +397,18 @@ def _finish(
             style = "green" if record["pass"] else "red"
             table.add_row(record["title"], record["promise"], measured, tables.verdict(record["pass"]), style=style)
         console.print(table)
+    judged = [record for record in records if record["record"] == "target"]
+    if judged:
+        lines = targets.rows(judged)
+        met = sum(passed for _, passed in lines)
+        table = Table(title=f"Targets: {met} of {len(lines)} met", title_justify="left", title_style="bold", box=None)
+        for column in targets.HEADER:
+            table.add_column(column, overflow="fold")
+        for cells, passed in lines:
+            table.add_row(*cells, style="green" if passed else "red")
+        console.print(table)
     if json_path is not None:
-        recording.write(json_path, [{**record, **environment} for record in records])
+        recording.write(json_path, [{**environment, **record} for record in records])
         console.print(f"records: {json_path}", soft_wrap=True)
     if report_dir is not None:
         console.print(f"report: {report.write(report_dir, environment, records, picture)}", soft_wrap=True)

@@ -2,17 +2,18 @@
 
 Two runs are compared by what each measured beside itself, never in seconds: the ratios to the peers, and the share of
 the sentinel's rate. ``python -m fastattn.bench.compare --readme README.md RESULTS`` writes the measured
-table of RESULTS, of the suite mha or transformers into a section of its own.
+table of RESULTS; the suites mha, transformers, targets and memory have a section of their own.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from fastattn.bench import records as recording
-from fastattn.bench import tables
+from fastattn.bench import tables, targets
 from fastattn.bench.contenders import OURS
 from fastattn.bench.records import Record
 
@@ -24,19 +25,19 @@ OWN_SECTION = ("mha", "transformers")  # suites with a table of their own in the
 def speeds(records: Sequence[Record]) -> dict[tuple[str, str], float]:
     """How fast we were, by case and yardstick: so many times a peer, or such a share of the sentinel's rate.
 
-    Left out are cases in which too few samples were undisturbed.
+    Of several runs in one file the median. Left out are cases in which too few samples were undisturbed.
     """
-    found = {}
+    found: dict[tuple[str, str], list[float]] = {}
     for record in records:
         time = record.get("time")
         if record.get("record") != "result" or not isinstance(time, dict) or time.get("noisy"):
             continue
         if record["contender"] == OURS:
             if record.get("sentinel_share"):
-                found[record["title"], SENTINEL] = record["sentinel_share"]
+                found.setdefault((record["title"], SENTINEL), []).append(record["sentinel_share"])
         elif "ratio" in record:
-            found[record["title"], record["contender"]] = record["ratio"]["median"]
-    return found
+            found.setdefault((record["title"], record["contender"]), []).append(record["ratio"]["median"])
+    return {case: statistics.median(runs) for case, runs in found.items()}
 
 
 def regressions(old: Sequence[Record], new: Sequence[Record], tolerated: float = TOLERATED) -> list[str]:
@@ -55,11 +56,44 @@ def regressions(old: Sequence[Record], new: Sequence[Record], tolerated: float =
     ]
 
 
+def _kind(records: Sequence[Record]) -> str:
+    """Which section of the README a run belongs to; empty for the one of the attention suite."""
+    if any(r["record"] == "target" for r in records):
+        return "targets"
+    results = [r for r in records if r["record"] == "result"]
+    if any("memory" in r for r in results) and not any("time" in r for r in results):
+        return "memory"
+    suites = {r["suite"] for r in results}
+    own = suites.pop() if len(suites) == 1 else ""
+    return own if own in OWN_SECTION else ""
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _peaks(records: Sequence[Record]) -> list[list[str]]:
+    measured = [r for r in records if r["record"] == "result" and "memory" in r]
+    lines = []
+    for title in dict.fromkeys(r["title"] for r in measured):
+        peaks = {r["contender"]: tables.cell(r, "memory") for r in measured if r["title"] == title}
+        ours = peaks.pop(OURS, "")
+        lines.append([title, ours, ", ".join(f"{peak} {name}" for name, peak in peaks.items())])
+    return lines
+
+
 def markdown(records: Sequence[Record]) -> str:
     """The table of a run: our time, speed and memory in each case, and the ratio to each peer."""
     first = records[0]
     machine = f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}"
     lines = [f"`{first['command']}` on {machine}:", ""]
+    kind = _kind(records)
+    if kind == "targets":
+        cells = [cells for cells, _ in targets.rows([r for r in records if r["record"] == "target"])]
+        return "\n".join([*lines, *_markdown_table(targets.HEADER, cells)])
+    if kind == "memory":
+        header = ("peak memory beyond inputs and outputs", OURS, "torch")
+        return "\n".join([*lines, *_markdown_table(header, _peaks(records))])
     speeds = dict.fromkeys(tables.SPEED[r["suite"]] for r in records if r["record"] == "result")
     lines += [f"| case | time | {', '.join(speeds) or 'useful'} | memory | beside |", "|---|---|---|---|---|"]
     for ours in (r for r in records if r["record"] == "result" and r["contender"] == OURS and "time" in r):
@@ -77,9 +111,8 @@ def markdown(records: Sequence[Record]) -> str:
 
 def marks(records: Sequence[Record]) -> tuple[str, str]:
     """Between which marks of the README a run's table stands: those of its suite, where that has its own."""
-    suites = {r["suite"] for r in records if r["record"] == "result"}
-    own = suites.pop() if len(suites) == 1 else ""
-    name = f"measured-{own}" if own in OWN_SECTION else "measured"
+    kind = _kind(records)
+    name = f"measured-{kind}" if kind else "measured"
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
 
 

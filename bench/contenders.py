@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastattn.bench.workloads import (
+    COPY,
     FEEDFORWARD,
     AttentionCase,
     AttentionInputs,
@@ -21,10 +22,13 @@ from fastattn.bench.workloads import (
     LossCase,
     MhaCase,
     MhaInputs,
+    WeightsCase,
+    WeightsInputs,
     attention_inputs,
     loss_inputs,
     mha_inputs,
     torch_dtype,
+    weights_inputs,
 )
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,6 +38,7 @@ from fastattn import dispatch
 from fastattn.testing.adapters import foreign_target
 
 OURS = "fastattn"
+PROJECTIONS = "projections alone"
 STOCK, STOCK_SLOW = "nn.MultiheadAttention", "no fast path"  # torch's module, and without its path for inference
 OUR_BACKENDS = ("cuda", "cuda-portable", "triton")  # contenders of their own for GPU tensors
 
@@ -53,9 +58,15 @@ class Bound:
     prepare: Callable[[], object] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     allow_unused: bool = False  # some leaves may have no part in the output
+    grad_second: Tensor | None = None  # the upstream gradient of the second output, where that has one
+    backward_alone: bool = False  # a step is the backward; the forward is run once
+    bytes: int | None = None  # that a step of a yardstick of bandwidth reads and writes
+    _result: Any = None
 
     def step(self) -> object:
         """What is timed: the forward, and the backward when there are leaves."""
+        if not self.environment:  # a small call is not to be timed with anything about it
+            return self._step()
         with _environment(self.environment):
             return self._step()
 
@@ -63,13 +74,20 @@ class Bound:
         if not self.leaves:
             with torch.no_grad():
                 return self.forward()
+        if self.backward_alone:
+            if self._result is None:
+                self._result = self.forward()
+            return self._gradients(self._result, retain_graph=True)
         result = self.forward()
-        out = result[0] if isinstance(result, tuple) else result
-        return out, self._gradients(out)
+        return (result[0] if isinstance(result, tuple) else result), self._gradients(result)
 
-    def _gradients(self, out: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(self, result: Any, retain_graph: bool = False) -> tuple[Tensor | None, ...]:
         leaves = list(self.leaves.values())
-        return torch.autograd.grad(out, leaves, self.grad_out, allow_unused=self.allow_unused)
+        outputs = list(result) if isinstance(result, tuple) else [result]
+        upstream = [self.grad_out] if self.grad_second is None else [self.grad_out, self.grad_second]
+        return torch.autograd.grad(
+            outputs[: len(upstream)], leaves, upstream, retain_graph=retain_graph, allow_unused=self.allow_unused
+        )
 
     def results(self) -> dict[str, Tensor]:
         """Everything that a step computes, by name, for the check."""
@@ -85,7 +103,7 @@ class Bound:
             weights = torch.stack(rest[0]) if isinstance(rest[0], tuple) else rest[0]  # of each layer
             named["weights"] = weights.detach()
         if self.leaves:
-            grads = zip(self.leaves, self._gradients(out), strict=True)
+            grads = zip(self.leaves, self._gradients(result), strict=True)
             named.update({name: grad for name, grad in grads if grad is not None})
         return named
 
@@ -112,6 +130,7 @@ class Contender:
     bind: Callable[[Case], Bound]
     why_not: Callable[[Case], str | None] = lambda case: None
     slow_to_start: bool = False  # compiles on first use; the quick suite asks for such peers by name
+    yardstick: bool = False  # does another piece of work, to hold ours against: asked for by name, and not checked
 
 
 def _attention(
@@ -130,7 +149,7 @@ def _attention(
             leaves = {"dq": inputs.query, "dk": inputs.key, "dv": inputs.value}
             if inputs.bias is not None:
                 leaves["dbias"] = inputs.bias
-        return Bound(forward, leaves, inputs.grad_out, prepare, environment or {})
+        return Bound(forward, leaves, inputs.grad_out, prepare, environment or {}, backward_alone=case.backward_alone)
 
     def reason(case: Case) -> str | None:
         assert isinstance(case, AttentionCase)
@@ -143,14 +162,15 @@ Made = tuple[Callable[[], Tensor], Callable[[], object] | None]
 
 
 def _ours(case: AttentionCase, x: AttentionInputs, backend: str | None = None) -> Made:
-    mask = None if x.make_mask is None else x.make_mask()
+    mask: Any = None if x.make_mask is None else x.make_mask()
+    if case.raw_mask:
+        assert x.make_keep is not None
+        mask = x.make_keep()
+    named = backend
     backend = backend or fastattn.explain(x.query, x.key, x.value, bias=x.bias).chosen
 
-    def forward() -> Tensor:
-        options = {"mask": mask, "bias": x.bias, "dropout_p": x.dropout_p}
-        out = fastattn.attention(x.query, x.key, x.value, **options, backend=backend)
-        assert isinstance(out, Tensor)
-        return out
+    def forward() -> Any:
+        return fastattn.attention(x.query, x.key, x.value, mask=mask, bias=x.bias, dropout_p=x.dropout_p, backend=named)
 
     def pack(dense: list[Tensor], *sizes: int) -> Any:
         return torch.ops.fastattn.mask_tiles(dense, *sizes, backend)
@@ -163,7 +183,7 @@ def _ours(case: AttentionCase, x: AttentionInputs, backend: str | None = None) -
         sizes = (case.batch, case.heads_q, case.len_q, case.len_k)
         mask.kernel_form(*sizes, x.query.device, *dispatch.BACKENDS[backend or "reference"].tile, build=pack)
 
-    return forward, None if x.make_mask is None else prepare
+    return forward, None if x.make_mask is None or case.raw_mask else prepare
 
 
 def _ours_on(name: str, backend: str, **environment: str) -> Contender:
@@ -443,6 +463,23 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _projections(case: Case) -> Bound:
+    """The products of a self-attention layer's step with its weights, and nothing between them."""
+    assert isinstance(case, MhaCase)
+    inputs = mha_inputs(case)
+    module = make_mha(case)
+    inner = torch.randn_like(inputs.grad_out).requires_grad_(case.backward)  # in place of what attention gives
+    grad_packed = torch.randn(case.batch, case.length, 3 * case.embed_dim).to(inputs.grad_out)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        packed = F.linear(inputs.x, module.in_proj_weight, module.in_proj_bias)  # type: ignore[arg-type]
+        return module.out_proj(inner), packed  # type: ignore[operator]
+
+    leaves = mha_leaves(module, case, inputs)
+    leaves |= {"inner": inner} if leaves else {}
+    return Bound(forward, leaves, inputs.grad_out, grad_second=grad_packed)
+
+
 def mha_contenders() -> list[Contender]:
     """Our module first, then torch's, with the fast path that its inference takes and without."""
 
@@ -456,7 +493,40 @@ def mha_contenders() -> list[Contender]:
         _mha(STOCK, make_mha),
         _mha(STOCK_SLOW, make_mha, around=_without_fast_path),
         _mha("compile", compiled, slow_to_start=True),
+        Contender(PROJECTIONS, _projections, yardstick=True),
     ]
+
+
+def _weights(name: str, function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> Contender:
+    def bind(case: Case) -> Bound:
+        assert isinstance(case, WeightsCase)
+        return bind_weights(case, weights_inputs(case), function)
+
+    return Contender(name, bind)
+
+
+def bind_weights(
+    case: WeightsCase, x: WeightsInputs, function: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> Bound:
+    """The step of a function that gives (output, averaged weights)."""
+    leaves = {"dq": x.query, "dk": x.key, "dv": x.value} if case.backward else {}
+    return Bound(lambda: function(x.query, x.key, x.value), leaves, x.grad_out, grad_second=x.grad_weights)
+
+
+def eager_weights(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention as it is written by hand, and its weights averaged over the heads."""
+    probabilities = torch.softmax(query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1]), dim=-1)
+    return probabilities @ value, probabilities.mean(1)
+
+
+def _our_weights(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = fastattn.attention(query, key, value, return_lse=True)
+    return out, fastattn.attention_weights(query, key, lse)
+
+
+def weights_contenders() -> list[Contender]:
+    """Ours first, then attention as written by hand; SDPA gives no weights."""
+    return [_weights(OURS, _our_weights), _weights("eager", eager_weights)]
 
 
 def _loss(name: str, make: Callable[[LossCase], Callable[..., Tensor]], slow_to_start: bool = False) -> Contender:
@@ -493,10 +563,19 @@ def _our_loss(case: LossCase) -> Callable[..., Tensor]:
     return lambda prediction, target, mask, patch: function(prediction, target, mask, patch_size=patch)
 
 
+def _copy(case: Case) -> Bound:
+    """A copy of the prediction: the bandwidth that torch reaches on as much memory."""
+    assert isinstance(case, LossCase)
+    source = loss_inputs(case).prediction.detach()
+    copied = torch.empty_like(source)
+    return Bound(lambda: copied.copy_(source), bytes=2 * source.numel() * source.element_size())
+
+
 def loss_contenders() -> list[Contender]:
     """Ours first, then the loss as written by hand, eager and compiled."""
     return [
         _loss(OURS, _our_loss),
         _loss("eager", _eager_loss),
         _loss("compile", lambda case: torch.compile(_eager_loss(case), dynamic=False), slow_to_start=True),
+        Contender(COPY, _copy, yardstick=True),
     ]

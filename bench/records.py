@@ -20,6 +20,9 @@ from fastattn import dispatch
 
 Record = dict[str, Any]
 
+# What holds torch, its libraries and our kernels to an instruction level, when set before they are loaded.
+LEVEL_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "FASTATTN_CPU_LEVEL")
+
 
 def environment() -> Record:
     """What a figure depends on beside the code: versions, machine, threads, and the command that made it."""
@@ -31,6 +34,8 @@ def environment() -> Record:
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "cpu_level": cpu_level(),
+        "torch_cpu_level": torch.backends.cpu.get_cpu_capability(),
+        "level_variables": {name: os.environ[name] for name in LEVEL_VARIABLES if name in os.environ},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -14,9 +15,10 @@ matplotlib.use("Agg")  # no display is needed, and none is to be opened
 
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 import numpy as np  # noqa: E402
-from fastattn.bench import tables  # noqa: E402
+from fastattn.bench import tables, targets  # noqa: E402
 from fastattn.bench.contenders import OURS, STOCK  # noqa: E402
 from fastattn.bench.records import Record  # noqa: E402
+from fastattn.bench.workloads import MASK_KINDS  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = {
@@ -35,8 +37,10 @@ COLOURS = {
     "compile": "#15803d",
     "flex": "#7e22ce",
 }
+MASK_LINES = {"dense": "-", "causal": "--", "window": ":"}
 SUITE_TITLES = {
     "attention": "Attention",
+    "weights": "Attention with its weights",
     "mha": "MultiheadAttention",
     "loss": "Masked losses",
     "transformers": "Hugging Face transformers",
@@ -99,7 +103,7 @@ def curves(records: Sequence[Record]) -> Figure | None:
 
 def mask_ratios(records: Sequence[Record]) -> Figure | None:
     """How many times faster than each peer we are, for each mask kind, over the problems of one shape."""
-    chosen = [r for r in records if r["suite"] == "attention" and "ratio" in r]
+    chosen = [r for r in records if r["suite"] == "attention" and "ratio" in r and r["mask"] in MASK_KINDS]
     if not chosen:
         return None
     groups: dict[tuple[str, str, str], int] = {}
@@ -125,6 +129,71 @@ def mask_ratios(records: Sequence[Record]) -> Figure | None:
     axes.set_xticks(range(len(masks)), masks)
     axes.set(title=f"How many times faster fastattn is: ({shape}) {dtype} {step}", ylabel="× the speed of the peer")
     axes.legend(fontsize=8)
+    return figure
+
+
+def length_scaling(records: Sequence[Record]) -> Figure | None:
+    """Time, and time an attending pair, over the sequence length; a row of plots for each step."""
+    chosen = [r for r in records if r["scaling"] == "length" and "time" in r]
+    steps = list(dict.fromkeys(r["step"] for r in chosen))
+    if not steps:
+        return None
+    figure, rows = plt.subplots(len(steps), 2, figsize=(11, 4 * len(steps)), squeeze=False)
+    for (times, pairs), step in zip(rows, steps, strict=True):
+        for name, mask in product((OURS, "sdpa"), dict.fromkeys(r["mask"] for r in chosen)):
+            mine = [r for r in chosen if (r["contender"], r["mask"], r["step"]) == (name, mask, step)]
+            mine.sort(key=lambda r: r["len_k"])
+            lengths, taken = [r["len_k"] for r in mine], [r["time"]["median_s"] for r in mine]
+            look = {"color": COLOURS[name], "linestyle": MASK_LINES[mask], "marker": "o", "label": f"{name}, {mask}"}
+            if mine:
+                times.plot(lengths, [1e3 * t for t in taken], **look)
+                each = [1e12 * t / r["attending_pairs"] for t, r in zip(taken, mine, strict=True)]
+                pairs.plot(lengths, each, **look)
+        times.set(title=f"Time, {step}", ylabel="ms")
+        pairs.set(title=f"Time an attending pair, {step}: flat is in proportion", ylabel="ps")
+        for axes in (times, pairs):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel("sequence length")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def share_scaling(records: Sequence[Record]) -> Figure | None:
+    """Time over the share of the keys that are no padding, and speed over the threads, each beside its ideal."""
+    padded = [r for r in records if r["scaling"] == "live" and "time" in r]
+    threaded = [r for r in records if r["scaling"] == "threads" and "time" in r]
+    if not padded or not threaded:
+        return None
+    figure, (live, threads) = plt.subplots(1, 2, figsize=(11, 4))
+    for name, step in product((OURS, "sdpa"), dict.fromkeys(r["step"] for r in padded)):
+        mine = {r["live"]: r["time"]["median_s"] for r in padded if (r["contender"], r["step"]) == (name, step)}
+        whole = mine.get(1.0)
+        if whole:
+            shares = sorted(mine)
+            style = MASK_LINES["dense" if step == "forward" else "causal"]
+            relative = [mine[share] / whole for share in shares]
+            live.plot(shares, relative, marker="o", color=COLOURS[name], linestyle=style, label=f"{name}, {step}")
+    live.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="in proportion")
+    live.set(title=f"Padding, S = {padded[0]['len_k']}", xlabel="share of live keys", ylabel="time over that of all")
+    for name, mask in product((OURS, "sdpa"), dict.fromkeys(r["mask"] for r in threaded)):
+        chosen = [r for r in threaded if (r["contender"], r["mask"]) == (name, mask)]
+        seconds = {r["case_threads"]: r["time"]["median_s"] for r in chosen}
+        if seconds:
+            counts = sorted(seconds)
+            gained = [seconds[counts[0]] / seconds[count] * counts[0] for count in counts]
+            look = {"color": COLOURS[name], "linestyle": MASK_LINES[mask], "label": f"{name}, {mask}"}
+            threads.plot(counts, gained, marker="o", **look)
+    most = max(r["case_threads"] for r in threaded)
+    threads.plot([1, most], [1, most], color="black", linewidth=0.8, label="in proportion")
+    threads.set(title=f"Threads, {threaded[0]['step']}", xlabel="threads", ylabel="times the speed of one thread")
+    threads.set_xticks(sorted({r["case_threads"] for r in threaded}))
+    for axes in (live, threads):
+        axes.set_ylim(0, None)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -182,8 +251,8 @@ def _verdict(passed: bool) -> str:
     return f'<span class="{"pass" if passed else "fail"}">{tables.verdict(passed)}</span>'
 
 
-def _suite_table(suite: str, records: Sequence[Record]) -> str:
-    columns = tables.COLUMNS[suite]
+def _results_table(records: Sequence[Record]) -> str:
+    columns = tables.columns(records)
     head = "".join(f"<th>{html.escape(text)}</th>" for text in ("contender", *columns))
     body = ""
     title = None
@@ -211,6 +280,14 @@ def _conditions(records: Sequence[Record]) -> str:
         measured = "not measured" if r["measured"] is None else f"{r['measured']:.2f} ×"
         rows.append([html.escape(r["title"]), html.escape(r["promise"]), measured, _verdict(r["pass"])])
     return "<h2>Promised speeds</h2>" + _table(("case", "promise", "measured", ""), rows)
+
+
+def _targets(judged: Sequence[Record]) -> str:
+    lines = []
+    for cells, met in targets.rows(judged):
+        shown = [html.escape(cell) for cell in cells[:-1]]
+        lines.append([*shown, f'<span class="{"pass" if met else "fail"}">{cells[-1]}</span>'])
+    return "<h2>Targets</h2>" + _table(targets.HEADER, lines)
 
 
 def _simmim(record: Record, picture: bytes | None) -> str:
@@ -249,15 +326,24 @@ def render(environment: Record, records: Sequence[Record], picture: bytes | None
     ]
     if promised:
         parts.append(_conditions(promised))
+    judged = [r for r in records if r["record"] == "target"]
+    if judged:
+        parts.append(_targets(judged))
     for suite, title in SUITE_TITLES.items():
-        mine = [r for r in results if r["suite"] == suite]
+        mine = [r for r in results if r["suite"] == suite and not r.get("scaling")]
         if not mine:
             continue
         parts.append(f"<h2>{title}</h2>")
         if suite == "attention":
             for figure, alt in ((curves(mine), "speed and memory"), (mask_ratios(mine), "ratio for each mask kind")):
                 parts.append("" if figure is None else _embedded(figure, alt))
-        parts.append(_suite_table(suite, mine))
+        parts.append(_results_table(mine))
+    scaling = [r for r in results if r.get("scaling")]
+    if scaling:
+        parts.append("<h2>Scaling</h2>")
+        for figure, alt in ((length_scaling(scaling), "time over length"), (share_scaling(scaling), "time over work")):
+            parts.append("" if figure is None else _embedded(figure, alt))
+        parts.append(_results_table(scaling))
     if results:
         parts.append(f'<p class="note">{html.escape(tables.LEGEND)}</p>')
     parts += [_simmim(r, picture) for r in records if r["record"] == "simmim"]

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from fastattn.bench import memory
-from fastattn.bench.checks import Check, Verdict, check_dropout
+from fastattn.bench.checks import Check, Verdict, check_dropout, checked_form
 from fastattn.bench.contenders import (
     OUR_BACKENDS,
     OURS,
+    PROJECTIONS,
     STOCK,
     Bound,
     Contender,
@@ -20,10 +21,11 @@ from fastattn.bench.contenders import (
     loss_contenders,
     mha_contenders,
     user_contender,
+    weights_contenders,
 )
 from fastattn.bench.models import PICTURES, lengths_of, model_contenders
 from fastattn.bench.records import Record
-from fastattn.bench.timing import Sentinel, Timing, measure, percentile, round_ratios
+from fastattn.bench.timing import Sentinel, Timing, measure, percentiles, round_ratios
 from fastattn.bench.workloads import (
     DROPOUT_OF_ONES,
     AttentionCase,
@@ -32,6 +34,8 @@ from fastattn.bench.workloads import (
     LossCase,
     MhaCase,
     ModelCase,
+    Target,
+    WeightsCase,
     attending_pairs,
     attention_bytes,
     attention_flops,
@@ -40,11 +44,12 @@ from fastattn.bench.workloads import (
     loss_bytes,
     loss_inputs,
     mha_flops,
+    weights_flops,
 )
 from torch import Tensor
 
 # whose error sets the bound of others
-JUDGE = {"attention": "sdpa", "mha": STOCK, "loss": "eager", "transformers": "eager"}
+JUDGE = {"attention": "sdpa", "weights": "eager", "mha": STOCK, "loss": "eager", "transformers": "eager"}
 
 CONDITION_PATIENCE = 4.0  # a promised speed is judged on undisturbed samples, and gets more time to find them
 
@@ -59,6 +64,11 @@ class Plan:
     plots: bool = False  # belongs to the curves over the sequence length
     rounds: int | None = None  # undisturbed samples wanted, where that is not for the run to say
     seconds: float | None = None  # how long disturbed samples are made up for, where that is not for the run to say
+    targets: tuple[Target, ...] = ()  # what the case is held to, as the row of this name
+    row: str = ""
+    timed: bool = True  # or is it the memory alone that is asked for
+    scaling: str = ""  # the curve of the suite scaling that the case belongs to: length | live | threads
+    threads: int | None = None  # of the CPU, where that is not for the run to say
 
 
 @dataclass
@@ -75,6 +85,8 @@ def contenders_for(case: Case, user: Sequence[Contender] = ()) -> list[Contender
         return [*attention_contenders(case.device), *user]
     if isinstance(case, ModelCase):
         return model_contenders()
+    if isinstance(case, WeightsCase):
+        return weights_contenders()
     return mha_contenders() if isinstance(case, MhaCase) else loss_contenders()
 
 
@@ -88,13 +100,31 @@ def run_case(
 ) -> list[Record]:
     """The records of one case, ours first. A contender that is wrong, or raises, has a status and a reason in place of
     a time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(plan.threads or before)
+    try:
+        return _run_case(plan, sentinel, rounds, max_seconds, user, tell)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_case(
+    plan: Plan,
+    sentinel: Sentinel,
+    rounds: int,
+    max_seconds: float,
+    user: Sequence[Contender],
+    tell: Callable[[str], None],
+) -> list[Record]:
     case = plan.case
     suite = str(case.describe()["suite"])
     torch.compiler.reset()  # compiled peers start from nothing in each case, else shapes turn dynamic
     chosen = [
         c
         for c in contenders_for(case, user)
-        if c.name == OURS or c in user or (not c.slow_to_start if plan.peers is None else c.name in plan.peers)
+        if c.name == OURS
+        or c in user
+        or (not (c.slow_to_start or c.yardstick) if plan.peers is None else c.name in plan.peers)
     ]
     tell("checking")
     entries = _checked(case, chosen, JUDGE[suite])
@@ -107,7 +137,7 @@ def run_case(
     tell("timing")
     if getattr(case, "condition", None) is not None:
         max_seconds *= CONDITION_PATIENCE
-    timings = measure(calls, sentinel, rounds, max_seconds) if calls else {}
+    timings = measure(calls, sentinel, rounds, max_seconds) if calls and plan.timed else {}
     tell("memory")
     wanted = plan.memory | {contender.name for contender in user if plan.memory}
     measured = [e for e in entries if e.status == "ok" and e.contender.name in wanted]
@@ -119,6 +149,10 @@ def run_case(
     for entry in entries:
         record = _record(case, entry, timings, peaks.get(entry.contender.name), counts)
         record["curve"] = plan.plots
+        record["scaling"] = plan.scaling
+        if plan.threads is not None:
+            record["case_threads"] = plan.threads
+            record["title"] += f" on {plan.threads} thread{'s' * (plan.threads > 1)}"
         records.append(record)
     return records
 
@@ -129,7 +163,7 @@ def _prepare_name(name: str) -> str:
 
 def _checked(case: Case, contenders: Sequence[Contender], judge: str) -> list[_Entry]:
     """Binds and checks every contender. The judge goes first: its error is part of the others' bound."""
-    check = Check(_without_dropout(case))
+    check = Check(checked_form(case))
     entries = [_Entry(contender) for contender in contenders]
     peers = {c.name for c in contenders_for(case)} - {OURS, *OUR_BACKENDS}
     for entry in sorted(entries, key=lambda e: e.contender.name != judge):
@@ -139,7 +173,10 @@ def _checked(case: Case, contenders: Sequence[Contender], judge: str) -> list[_E
             entry.status, entry.reason = "unavailable", reason
             continue
         try:
-            results = contender.bind(_without_dropout(case)).results()
+            if contender.yardstick:
+                entry.bound = contender.bind(case)
+                continue
+            results = contender.bind(checked_form(case)).results()
             if contender.name == judge:
                 check.set_peer(results)
             entry.verdict = check.judge(results, by_torch=contender.name in peers)
@@ -152,10 +189,6 @@ def _checked(case: Case, contenders: Sequence[Contender], judge: str) -> list[_E
         if trouble:
             entry.status, entry.reason = "failed check", trouble
     return entries
-
-
-def _without_dropout(case: Case) -> Case:
-    return replace(case, mask="dense") if isinstance(case, AttentionCase) and case.mask == "dropout" else case
 
 
 def _dropout_trouble(case: Case, contender: Contender) -> str:
@@ -179,11 +212,14 @@ def _counts(case: Case) -> Record:
             "useful_flop": attention_flops(case, useful),
             "executed_flop": attention_flops(case, executed),
             "dense_flop": attention_flops(case, everything),
+            "attending_pairs": useful,
             "attending_share": useful / everything if everything else 0.0,
             "bytes": attention_bytes(case, inputs),
         }
     if isinstance(case, MhaCase):
         return {"useful_flop": mha_flops(case)}
+    if isinstance(case, WeightsCase):
+        return {"useful_flop": weights_flops(case)}
     if isinstance(case, ModelCase):
         pictures = case.model in PICTURES
         items = case.batch * (1 if pictures else case.new_tokens or int(lengths_of(case).sum()) // case.batch)
@@ -214,7 +250,8 @@ def _record(
     timing = timings.get(name)
     if timing is not None:
         record["time"] = timing.summary()
-        record.update(_rates(timing, counts, ours=name == OURS))
+        if not entry.contender.yardstick:
+            record.update(_rates(timing, counts, ours=name == OURS))
         preparation = timings.get(_prepare_name(name))
         if preparation is not None:
             record["prepare"] = preparation.summary()
@@ -222,12 +259,12 @@ def _record(
         ours = timings.get(OURS)
         if name != OURS and ours is not None:
             ratios = round_ratios(timing, ours)
-            record["ratio"] = {
-                "median": percentile(ratios, 50),
-                "p20": percentile(ratios, 20),
-                "p80": percentile(ratios, 80),
-                "rounds": [float(f"{r:.4g}") for r in ratios],
-            }
+            record["ratio"] = {**percentiles(ratios), "rounds": [float(f"{r:.4g}") for r in ratios]}
+            if entry.bound is not None and entry.bound.bytes:
+                record["bytes_per_s"] = entry.bound.bytes / timing.median
+                record["copy_share"] = percentiles([r * counts["bytes"] / entry.bound.bytes for r in ratios])
+        if name == PROJECTIONS and STOCK in timings:  # what a layer could reach whose attention took no time
+            record["limit"] = percentiles(round_ratios(timings[STOCK], timing))
     condition = getattr(case, "condition", None)
     if isinstance(condition, Condition) and condition.peer == name:
         measured = record["ratio"]["median"] if "ratio" in record else None
@@ -249,12 +286,16 @@ def _rates(timing: Timing, counts: Record, ours: bool) -> Record:
     if "useful_flop" in counts:
         rates["useful_flops"] = counts["useful_flop"] / timing.median
         rates["sentinel_share"] = timing.sentinel_share(counts["useful_flop"])
+        if ours:
+            rates["sentinel_spread"] = percentiles(timing.sentinel_shares(counts["useful_flop"]))
     if ours and "executed_flop" in counts:  # what a peer executes is its own affair
         rates["executed_flops"] = counts["executed_flop"] / timing.median
     if "items" in counts:
         rates["items_per_s"] = counts["items"] / timing.median
     if "bytes" in counts and "useful_flop" not in counts:
         rates["bytes_per_s"] = counts["bytes"] / timing.median
+    if "elements" in counts:
+        rates["elements_per_s"] = percentiles([counts["elements"] / s for s in timing.used()])
     return rates
 
 
@@ -278,6 +319,7 @@ def memory_job(**job: Any) -> tuple[Callable[[], object], torch.device]:
         "AttentionCase": AttentionCase,
         "MhaCase": MhaCase,
         "LossCase": LossCase,
+        "WeightsCase": WeightsCase,
         "ModelCase": ModelCase,
     }
     case = classes[job["kind"]](**fields)

@@ -184,3 +184,24 @@ def loss_plans(quick: bool, dtype: str | None = None, backward: bool = False, de
         if with_gradient or not backward:
             plans.append(Plan(case, peers, frozenset({OURS, "eager"}) if with_gradient else frozenset()))
     return plans
+
+
+def memory_plans() -> list[Plan]:
+    """Training steps whose peak memory is measured, each in a fresh process: SDPA's fused kernels store no scores, and
+    its plain path, which dropout or a bias with a gradient takes, does, as eager attention and torch's module do."""
+
+    def attention(length: int, heads: int, mask: str, *peers: str) -> Plan:
+        case = AttentionCase(1, heads, heads, length, length, 64, mask, backward=True)
+        return Plan(case, frozenset(peers), frozenset({OURS, *peers}), timed=False)
+
+    plans = [
+        attention(4096, 8, "dense", "sdpa", "eager"),
+        *(attention(4096, 8, mask, "sdpa") for mask in ("causal", "random", "dropout", "bias")),
+        # One head, of which torch's plain path stores 1 GiB a tensor.
+        attention(16384, 1, "dense", "sdpa", "eager"),
+        *(attention(16384, 1, mask, "sdpa") for mask in ("causal", "dropout")),
+    ]
+    layer = MhaCase(1, 4096, 512, 8)
+    return plans + [
+        Plan(replace(layer, need_weights=weights), _LAYERS, _LAYERS, timed=False) for weights in (True, False)
+    ]

@@ -9,11 +9,20 @@ from fastattn.bench.records import Record
 
 COLUMNS = {
     "attention": ("time", "useful", "executed", "÷ sentinel", "fastattn is", "mask prep.", "memory", "error"),
+    "weights": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "mha": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "loss": ("time", "GB/s", "fastattn is", "memory", "error"),
     "transformers": ("time", "a second", "fastattn is", "memory", "error"),
 }
-SPEED = {"attention": "useful", "mha": "useful", "loss": "GB/s", "transformers": "a second"}  # of these columns
+SCALING_COLUMNS = ("time", "a pair", "useful", "÷ sentinel", "fastattn is", "error")
+MEMORY_COLUMNS = ("memory", "error")
+SPEED = {  # of these columns
+    "attention": "useful",
+    "weights": "useful",
+    "mha": "useful",
+    "loss": "GB/s",
+    "transformers": "a second",
+}
 LEGEND = (
     "time: median (p20 to p80) of a step. useful: FLOP/s over the pairs that may attend; executed: over the tiles that "
     "are run. ÷ sentinel: useful FLOP/s over that of a plain float32 matrix product at the same moment. fastattn is: "
@@ -23,6 +32,15 @@ LEGEND = (
     "(padding does not count) or pictures. ~: fewer than 3 samples were "
     "undisturbed, all are used."
 )
+
+
+def columns(records: Sequence[Record]) -> tuple[str, ...]:
+    """Those of a table of records of one suite."""
+    if records[0].get("scaling"):
+        return SCALING_COLUMNS
+    if any(record["status"] == "ok" for record in records) and not any("time" in record for record in records):
+        return MEMORY_COLUMNS
+    return COLUMNS[records[0]["suite"]]
 
 
 def seconds(value: float) -> str:
@@ -70,11 +88,13 @@ def cell(record: Record, column: str) -> str:
             text += f", {seconds(time['cold_l2_graph_s'])} from a graph with cold L2"
         return ("~" if time["noisy"] else "") + text
     if column == "useful":
-        return rate(record["useful_flops"])
+        return rate(record["useful_flops"]) if "useful_flops" in record else ""
+    if column == "a pair":
+        return f"{1e12 * time['median_s'] / record['attending_pairs']:.3g} ps"
     if column == "executed":
         return rate(record["executed_flops"]) if "executed_flops" in record else ""
     if column == "÷ sentinel":
-        return f"{record['sentinel_share']:.2f}"
+        return f"{record['sentinel_share']:.2f}" if "sentinel_share" in record else ""
     if column == "GB/s":
         return f"{record['bytes_per_s'] / 1e9:.3g}"
     if column == "a second":

@@ -49,9 +49,13 @@ class Timing:
         return percentile(self.used(), 50)
 
     def sentinel_share(self, flops: float) -> float:
-        """``flops`` a call over the sentinel's FLOP/s at that moment: a figure that travels between machines."""
+        """The median of `sentinel_shares`."""
+        return percentile(self.sentinel_shares(flops), 50)
+
+    def sentinel_shares(self, flops: float) -> list[float]:
+        """``flops`` a call over the sentinel's FLOP/s at that moment: figures that travel between machines."""
         pairs = zip(self.seconds, self.sentinel, self.kept, strict=True)
-        return percentile([flops / s / rate for s, rate, keep in pairs if keep or self.noisy], 50)
+        return [flops / s / rate for s, rate, keep in pairs if keep or self.noisy]
 
     def summary(self) -> dict[str, object]:
         """The record of this timing: percentiles and every raw sample."""
@@ -73,6 +77,11 @@ class Timing:
 def percentile(values: Sequence[float], q: float) -> float:
     """Percentile ``q`` in [0, 100] with linear interpolation."""
     return float(np.percentile(np.asarray(values, dtype=np.float64), q))
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """What a record keeps of a series."""
+    return {"median": percentile(values, 50), "p20": percentile(values, 20), "p80": percentile(values, 80)}
 
 
 def keep_samples(sentinel: Sequence[Sequence[float]], share: float = SENTINEL_SHARE) -> list[list[bool]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastattn import Mask
 
 MASK_KINDS = ("dense", "causal", "window", "padded", "random", "block-sparse", "segments", "bias", "dropout")
+RANDOM_KEYS = "random-keys"  # half of the keys, at random, are padding
+BIASES = {"bias": (False, True), "bias-batch": (True, True), "bias-shared": (False, False)}  # one a batch, one a head
 DROPOUT_P = 0.1
 DROPOUT_OF_ONES = "dropout-of-ones"  # for the check: with values of 1 the output is what dropout leaves of each row
 BACKWARD_FLOPS = 2.5  # of the forward: five products in place of two
@@ -26,6 +28,22 @@ class Condition:
 
     peer: str
     at_least: float
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a row of the table of targets asks for: at least ``at_least`` times the speed of ``beside``, a peer.
+
+    Or the share of the sentinel's FLOP/s or of a copy's bytes a second (`SENTINEL`, `COPY`), or elements a second
+    (`ELEMENTS`); with ``of`` "memory", the peak of the peer's memory over ours.
+    """
+
+    beside: str
+    at_least: float
+    of: str = "time"  # time | memory
+
+
+SENTINEL, COPY, ELEMENTS = "sentinel", "copy", "elements/s"
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,10 @@ class AttentionCase:
     backward: bool = False
     device: str = "cpu"
     condition: Condition | None = None
+    backward_alone: bool = False  # the forward is not part of the time
+    window: int | None = None  # keys to each side of the diagonal; S / 32 when not given
+    live: float = 0.5  # the share of the keys that are no padding
+    raw_mask: bool = False  # a dense mask comes to us as a bool tensor too: packing it is part of the time
 
     @property
     def shape(self) -> str:
@@ -51,11 +73,42 @@ class AttentionCase:
         return f"{self.batch},{heads},{lengths},{self.dim}"
 
     @property
+    def step(self) -> str:
+        return "backward" if self.backward_alone else step_name(self.backward)
+
+    @property
     def title(self) -> str:
-        return f"attention {self.mask} ({self.shape}) {self.dtype} {step_name(self.backward)}"
+        mask = self.mask if self.window is None else f"{self.mask} {self.window}"
+        mask += f" {self.live:.4g} live" if self.live != 0.5 else ""
+        mask += " as a bool tensor" if self.raw_mask else ""
+        return f"attention {mask} ({self.shape}) {self.dtype} {self.step}"
 
     def describe(self) -> dict[str, object]:
-        return {"suite": "attention", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
+        return {"suite": "attention", "shape": self.shape, "step": self.step, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class WeightsCase:
+    """Attention that also gives the weights (B, L, S), averaged over the heads; with the gradient of both."""
+
+    batch: int
+    heads: int
+    length: int
+    dim: int
+    dtype: str = "float32"
+    backward: bool = False
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch},{self.heads},{self.length},{self.dim}"
+
+    @property
+    def title(self) -> str:
+        return f"attention with averaged weights ({self.shape}) {self.dtype} {step_name(self.backward)}"
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "weights", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -154,7 +207,7 @@ class ModelCase:
         return {"suite": "transformers", "shape": self.shape, "step": self.step, **asdict(self)}
 
 
-Case = AttentionCase | MhaCase | LossCase | ModelCase
+Case = AttentionCase | WeightsCase | MhaCase | LossCase | ModelCase
 
 
 def step_name(backward: bool) -> str:
@@ -185,6 +238,7 @@ class AttentionInputs:
     make_mask: Callable[[], Mask] | None = None
     is_causal: bool = False
     given_dense: bool = False
+    band: tuple[int, int] | None = None  # i - left <= j <= i + right, where that is the whole mask
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -213,21 +267,31 @@ def attention_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
     value = normal(B, case.heads_kv, S, case.dim).requires_grad_(case.backward)
     inputs = AttentionInputs(query, key, value, normal(B, Hq, L, case.dim))
 
-    def offsets() -> Tensor:
-        return torch.arange(S, device=device) - torch.arange(L, device=device)[:, None]  # j - i, (L, S)
+    def within(left: int, right: int) -> Tensor:
+        """The band as a bool tensor (L, S), without a tensor of offsets: those are large."""
+        i, j = torch.arange(L, device=device)[:, None], torch.arange(S, device=device)
+        return (j >= i - left) & (j <= i + right)
 
     if case.mask == "causal":
         inputs.is_causal = True
-        inputs.make_keep = lambda: offsets() <= 0
+        inputs.band = (L, 0)
+        inputs.make_keep = lambda: within(L, 0)
         inputs.make_mask = Mask.causal
     elif case.mask == "window":  # S / 16 keys about the diagonal
         left, right = max(1, S // 32), max(0, S // 32 - 1)
-        inputs.make_keep = lambda: (offsets() >= -left) & (offsets() <= right)
+        if case.window is not None:
+            left = right = case.window
+        inputs.band = (left, right)
+        inputs.make_keep = lambda: within(left, right)
         inputs.make_mask = lambda: Mask.window(left, right)
-    elif case.mask == "padded":  # half of the keys are padding
-        lengths = torch.full((B,), max(1, S // 2), device=device)
+    elif case.mask == "padded":  # the last of the keys are padding
+        lengths = torch.full((B,), max(1, int(S * case.live)), device=device)
         inputs.make_keep = lambda: (torch.arange(S, device=device) < lengths[:, None])[:, None, None, :]
         inputs.make_mask = lambda: Mask.key_lengths(lengths)
+    elif case.mask == RANDOM_KEYS:
+        live = _random(B, S, generator).to(device)
+        inputs.make_keep = lambda: live[:, None, None, :]
+        inputs.make_mask = lambda: Mask.key_padding(live)
     elif case.mask == "segments":  # eight documents in a row
         queries = _documents(L, min(8, L, S), B, device, generator)
         keys = queries if L == S else _documents(S, min(8, L, S), B, device, generator)
@@ -239,8 +303,9 @@ def attention_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
         inputs.given_dense = True
         inputs.make_keep = lambda: keep
         inputs.make_mask = lambda: Mask.dense(keep)
-    elif case.mask == "bias":
-        inputs.bias = normal(1, Hq, L, S).requires_grad_(case.backward)
+    elif case.mask in BIASES:
+        each_batch, each_head = BIASES[case.mask]
+        inputs.bias = normal(B if each_batch else 1, Hq if each_head else 1, L, S).requires_grad_(case.backward)
     elif case.mask == "dropout":
         inputs.dropout_p = DROPOUT_P
     elif case.mask == DROPOUT_OF_ONES:
@@ -271,8 +336,16 @@ def attending_pairs(case: AttentionCase, inputs: AttentionInputs) -> int:
     everything = case.batch * case.heads_q * case.len_q * case.len_k
     if inputs.make_keep is None:
         return everything
+    if inputs.band is not None:
+        return case.batch * case.heads_q * _band_pairs(case.len_q, case.len_k, *inputs.band)
     keep = inputs.make_keep()
     return int(keep.sum()) * (everything // keep.numel())
+
+
+def _band_pairs(len_q: int, len_k: int, left: int, right: int) -> int:
+    rows = torch.arange(len_q)
+    ends, starts = (rows + right + 1).clamp(0, len_k), (rows - left).clamp(0, len_k)
+    return int((ends - starts).clamp(min=0).sum())
 
 
 def executed_pairs(case: AttentionCase, inputs: AttentionInputs) -> int:
@@ -280,11 +353,19 @@ def executed_pairs(case: AttentionCase, inputs: AttentionInputs) -> int:
     everything = case.batch * case.heads_q * case.len_q * case.len_k
     if inputs.make_keep is None:
         return everything
-    keep = inputs.make_keep()
-    keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape).expand(-1, -1, case.len_q, case.len_k)
     rows, columns = EXECUTED_TILE
-    padded = F.pad(keep, (0, -case.len_k % columns, 0, -case.len_q % rows))
-    live = padded.unflatten(-1, (-1, columns)).unflatten(2, (-1, rows)).any(-1).any(3)  # (B|1, H|1, nQ, nK)
+    if inputs.band is not None:
+        left, right = inputs.band
+        first_row = torch.arange(0, case.len_q, rows)[:, None]
+        last_row = (first_row + rows - 1).clamp(max=case.len_q - 1)
+        first_key = torch.arange(0, case.len_k, columns)
+        last_key = (first_key + columns - 1).clamp(max=case.len_k - 1)
+        live = ((first_key <= last_row + right) & (last_key >= first_row - left))[None, None]
+    else:
+        keep = inputs.make_keep()
+        keep = keep.reshape((1,) * (4 - keep.dim()) + keep.shape).expand(-1, -1, case.len_q, case.len_k)
+        padded = F.pad(keep, (0, -case.len_k % columns, 0, -case.len_q % rows))
+        live = padded.unflatten(-1, (-1, columns)).unflatten(2, (-1, rows)).any(-1).any(3)  # (B|1, H|1, nQ, nK)
     height = (case.len_q - torch.arange(live.shape[2]) * rows).clamp(max=rows)
     width = (case.len_k - torch.arange(live.shape[3]) * columns).clamp(max=columns)
     pairs = int((live.cpu() * (height[:, None] * width)).sum())
@@ -293,7 +374,7 @@ def executed_pairs(case: AttentionCase, inputs: AttentionInputs) -> int:
 
 def attention_flops(case: AttentionCase, pairs: int) -> float:
     """FLOPs of a step over ``pairs``: 4 D forward, and 2.5 times that for the backward."""
-    return 4.0 * case.dim * pairs * (1 + BACKWARD_FLOPS * case.backward)
+    return 4.0 * case.dim * pairs * ((not case.backward_alone) + BACKWARD_FLOPS * case.backward)
 
 
 def attention_bytes(case: AttentionCase, inputs: AttentionInputs) -> int:
@@ -302,6 +383,34 @@ def attention_bytes(case: AttentionCase, inputs: AttentionInputs) -> int:
     sizes = sum(t.numel() * t.element_size() for t in read)
     out = inputs.grad_out.numel() * inputs.grad_out.element_size()
     return sizes + out if not case.backward else 2 * sizes + 2 * out
+
+
+@dataclass
+class WeightsInputs:
+    """Queries, keys and values (B, H, L, D), and the upstream gradients of the output and of the weights (B, L, L)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    grad_out: Tensor
+    grad_weights: Tensor
+
+
+def weights_inputs(case: WeightsCase, seed: int = 0) -> WeightsInputs:
+    """Random normal inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    device, dtype = torch.device(case.device), torch_dtype(case.dtype)
+    shape = (case.batch, case.heads, case.length, case.dim)
+    query, key, value, grad_out = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+    leaves = [t.requires_grad_(case.backward) for t in (query, key, value)]
+    grad_weights = torch.randn(case.batch, case.length, case.length, generator=generator).to(device, dtype)
+    return WeightsInputs(leaves[0], leaves[1], leaves[2], grad_out, grad_weights)
+
+
+def weights_flops(case: WeightsCase) -> float:
+    """Of the attention alone: the products that only make the weights count for nothing."""
+    forward = 4.0 * case.batch * case.heads * case.length**2 * case.dim
+    return forward * (1 + BACKWARD_FLOPS * case.backward)
 
 
 @dataclass
