@@ -270,8 +270,8 @@ static void decode(const AttentionForwardParams& p) {
       decode_part(p, s, to, b, h_kv, first_head, heads, keys, state);
       if (parts.count > 1) continue;
       for (int64_t r = 0; r < heads * p.len_q; ++r)
-        store_row_result(p, to, b, first_head + r / p.len_q, r % p.len_q, state.out + r * s.ld_v, state.row_max[r],
-                         state.row_sum[r]);
+        store_results(p, to, b, first_head + r / p.len_q, r % p.len_q, 1, state.out + r * s.ld_v, s.ld_v, state.row_max + r,
+                      state.row_sum + r);
     }
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < plan.units; ++n) {
@@ -283,7 +283,7 @@ static void decode(const AttentionForwardParams& p) {
       for (int64_t r = 0; r < heads * p.len_q; ++r) {
         T top, total;
         merge_row(space.states + n * plan.parts, count, r, s.ld_v, to.to_log2, s.rows.out, &top, &total);
-        store_row_result(p, to, b, first_head + r / p.len_q, r % p.len_q, s.rows.out, top, total);
+        store_results(p, to, b, first_head + r / p.len_q, r % p.len_q, 1, s.rows.out, s.ld_v, &top, &total);
       }
     }
   }

@@ -184,11 +184,13 @@ struct TilePair {
 };
 
 // Both leave the probabilities in s.scores, and advance row_max, row_sum and s.rescale: first P^T [keys][padded_rows].
-template <typename T>
-static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, const SubTile<T>& sub, const TilePair<T>& pair) {
+template <typename T, typename Prefetch>
+static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, const SubTile<T>& sub, const TilePair<T>& pair,
+                          const Prefetch& prefetch) {
   const int ld = sub.padded_rows;
   gemm<Layout::kRows>(pair.keys, sub.rows, static_cast<int>(p.dim_qk), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
                       false);
+  prefetch(1);
   ScoreTerms<T> terms{pair.scale, pair.to_log2, nullptr, nullptr, nullptr};
   uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];
   if (p.bias) {
@@ -247,13 +249,40 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
   }
 }
 
+// Rows [first, last) of query head h.
+struct ItemRows {
+  int64_t b, h, first, last;
+};
+
+static ItemRows item_rows(const AttentionForwardParams& p, const Plan& plan, int64_t item) {
+  const int64_t bh = item / plan.items_per_head, first = item % plan.items_per_head * plan.rows_per_item;
+  return {bh / p.heads_q, bh % p.heads_q, first, min64(p.len_q, first + plan.rows_per_item)};
+}
+
+// Asks for part 0, 1 or 2 of what a sub-tile will write and of what the sub-tile in its place of the next item will read. A third at
+// a time, with a product or a softmax in between: a core can wait for some twenty lines at once.
+static void prefetch_part(const AttentionForwardParams& p, const ItemRows& rows, const ItemRows& next, int64_t i0, int64_t count,
+                          int part) {
+  const auto row_of = [](const TensorRef& x, const ItemRows& item, int64_t i) {
+    return static_cast<const char*>(element(x.ptr, x.dtype, item.b * x.stride[0] + item.h * x.stride[1] + i * x.stride[2]));
+  };
+  const int64_t out_bytes = p.dim_v * element_size(p.out.dtype), query_bytes = p.dim_qk * element_size(p.query.dtype);
+  for (int64_t r = count * part / 3; r < count * (part + 1) / 3; ++r) {
+    const int64_t next_row = min64(next.first + i0 - rows.first + r, next.last - 1);
+    const char *const out = row_of(p.out, rows, i0 + r), *const query = row_of(p.query, next, next_row);
+    for (int64_t at = 0; at < out_bytes; at += 64) prefetch_for_write(out + at);
+    for (int64_t at = 0; at < query_bytes; at += 64) __builtin_prefetch(query + at, 0, 3);
+  }
+}
+
+// `next`: the item that this thread is likely to take after this one.
 template <typename T>
-static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, const LiveKeyLists& lists, int64_t item) {
+static void run_item(const AttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, const LiveKeyLists& lists, int64_t item,
+                     int64_t next) {
   constexpr int W = kWidth<T>;
-  const int64_t bh = item / plan.items_per_head, b = bh / p.heads_q, h = bh % p.heads_q;
+  const ItemRows item_is = item_rows(p, plan, item), next_is = item_rows(p, plan, next);
+  const int64_t b = item_is.b, h = item_is.h, first_row = item_is.first, last_row = item_is.last;
   const int64_t h_kv = h / (p.heads_q / p.heads_kv);
-  const int64_t first_row = item % plan.items_per_head * plan.rows_per_item;
-  const int64_t last_row = min64(p.len_q, first_row + plan.rows_per_item);
   const int dim_qk = static_cast<int>(p.dim_qk), dim_v = static_cast<int>(p.dim_v);
 
   const ScoreScale<T> to(p);
@@ -316,6 +345,11 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
         if (value_in_place) value = {static_cast<const T*>(value_rows), p.value.stride[2]};
         else convert_rows(s.value, s.ld_v, value_rows, p.value.dtype, p.value.stride[2], tile_keys, dim_v), value.ptr = s.value;
       }
+      const auto prefetch = [&, last_tile = j0 + kTileN >= range.last](int part) {
+        if (last_tile) prefetch_part(p, item_is, next_is, sub.i0, sub.rows, part);
+      };
+      prefetch(0);
+
       // Keys [begin, end) of the tile; those outside are dead for the whole sub-tile.
       const int begin = first_bit(mask.columns), end = end_bit(mask.columns), keys = end - begin;
 
@@ -323,7 +357,8 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
       if (sub.few)
         probabilities_of_few(p, s, sub, pair);
       else
-        probabilities(p, s, sub, pair);
+        probabilities(p, s, sub, pair, prefetch);
+      prefetch(2);
 
       const T* v = value.ptr + begin * value.ld;
       int64_t ld_v = value.ld;
@@ -345,8 +380,7 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
   for (int n = 0; n < count; ++n) {
     const SubTile<T>& sub = sub_tiles[n];
     if (!sub.started) std::memset(sub.out, 0, sub.rows * s.ld_v * sizeof(T));
-    for (int r = 0; r < sub.rows; ++r)
-      store_row_result(p, to, b, h, sub.i0 + r, sub.out + r * s.ld_v, sub.row_max[r], sub.row_sum[r]);
+    store_results(p, to, b, h, sub.i0, sub.rows, sub.out, s.ld_v, sub.row_max, sub.row_sum);
   }
 }
 
@@ -404,13 +438,18 @@ static void run(const AttentionForwardParams& p) {
     order_by_cost(order, cost, plan.items);
   }
 
+  // Small items follow each other in memory: a thread takes some in a row.
+  [[maybe_unused]] const int64_t run_length = sorted ? 1 : max64(1, min64(8, plan.items / (8 * max64(1, p.num_threads))));
   [[maybe_unused]] const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena own(scratch + thread_number() * thread_bytes);
     const Scratch<T> s = carve<T>(own, p, plan);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t n = 0; n < plan.items; ++n) run_item<T>(p, plan, s, lists, sorted ? order[n] : n);
+#pragma omp for schedule(dynamic, run_length)
+    for (int64_t n = 0; n < plan.items; ++n) {
+      const int64_t next = min64(n + 1, plan.items - 1);
+      run_item<T>(p, plan, s, lists, sorted ? order[n] : n, sorted ? order[next] : next);
+    }
   }
 }
 

@@ -93,19 +93,38 @@ static void rescale_rows(T* out, int64_t ld, int rows, const T* factor) {
 
 // ---- the end of a row ----
 
-// out [dim_v in scratch]: the sum of 2^((x - maximum) to_log2) v.
+// Natural log of a sum that is at least 1, to 1e-12: what a float of lse needs, in a loop over rows without calls. m is in
+// [1 / sqrt 2, sqrt 2), x = m 2^k, and log m = 2 artanh((m - 1) / (m + 1)).
+FASTATTN_INLINE double log_of_sum(double x) {
+  const int64_t bits = bit_cast<int64_t>(x), offset = bits - 0x3fe6a09e00000000;
+  const double m = bit_cast<double>(bits - (offset & ~int64_t{0xfffffffffffff})), k = static_cast<int32_t>(offset >> 52);
+  const double f = (m - 1.0) / (m + 1.0), g = f * f;
+  const double series = 1.0 + g * (1.0 / 3 + g * (1.0 / 5 + g * (1.0 / 7 + g * (1.0 / 9 + g * (1.0 / 11 + g * (1.0 / 13))))));
+  return x - x == 0.0 ? k * 0.69314718055994530942 + 2.0 * f * series : x;
+}
+
+// Rows [i0, i0 + rows) of the output and of lse, rows <= kTileM. out [rows][ld]: the sum of 2^((x - maximum) to_log2) v.
 template <typename T>
-static void store_row_result(const AttentionForwardParams& p, const ScoreScale<T>& to, int64_t b, int64_t h, int64_t i,
-                             const T* out, T row_max, T row_sum) {
-  void* const row = element(p.out.ptr, p.out.dtype, b * p.out.stride[0] + h * p.out.stride[1] + i * p.out.stride[2]);
-  store_row(row, p.out.dtype, out, static_cast<int>(p.dim_v),
-            static_cast<T>(softmax_normalizer(row_sum) * (1.0 / (1.0 - p.dropout.p))));
-  // Rounded as the backward will round it.
-  const T largest = p.bias ? softmax_shift(row_max) : softmax_shift(row_max) * to.scale;
-  const double lse = softmax_lse(largest, row_sum);
-  void* const row_lse = element(p.lse.ptr, p.lse.dtype, (b * p.heads_q + h) * p.len_q + i);
-  if (p.lse.dtype == DType::kFloat64) *static_cast<double*>(row_lse) = lse;
-  else *static_cast<float*>(row_lse) = static_cast<float>(lse);
+static void store_results(const AttentionForwardParams& p, const ScoreScale<T>& to, int64_t b, int64_t h, int64_t i0, int rows,
+                          const T* out, int64_t ld, const T* row_max, const T* row_sum) {
+  const double kept_scale = 1.0 / (1.0 - p.dropout.p);
+  const T scale = p.bias ? T(1) : to.scale;
+  T factor[kTileM];
+  double lse[kTileM];
+  for (int r = 0; r < rows; ++r) {
+    factor[r] = static_cast<T>(softmax_normalizer(row_sum[r]) * kept_scale);
+    const T largest = softmax_shift(row_max[r]) * scale;  // rounded as the backward will round it
+    const double sum = row_sum[r];
+    if constexpr (sizeof(T) == sizeof(float)) lse[r] = sum == 0.0 ? -kInfinity<double> : largest + log_of_sum(sum);
+    else lse[r] = softmax_lse(largest, sum);
+  }
+  void* const lse_rows = element(p.lse.ptr, p.lse.dtype, (b * p.heads_q + h) * p.len_q + i0);
+  for (int r = 0; r < rows; ++r) {
+    void* const row = element(p.out.ptr, p.out.dtype, b * p.out.stride[0] + h * p.out.stride[1] + (i0 + r) * p.out.stride[2]);
+    store_row(row, p.out.dtype, out + r * ld, static_cast<int>(p.dim_v), factor[r]);
+    if (p.lse.dtype == DType::kFloat64) static_cast<double*>(lse_rows)[r] = lse[r];
+    else static_cast<float*>(lse_rows)[r] = static_cast<float>(lse[r]);
+  }
 }
 
 }  // namespace
