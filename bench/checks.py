@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
-from fastattn.bench.contenders import Bound, bind_weights, eager_weights, make_mha, mha_forward, mha_leaves
+from fastattn.bench.contenders import (
+    Bound,
+    bind_additive,
+    bind_weights,
+    eager_additive,
+    eager_weights,
+    make_mha,
+    mha_forward,
+    mha_leaves,
+)
 from fastattn.bench.models import bind_model, make_model, model_inputs, real_positions, row_length
 from fastattn.bench.workloads import (
     DROPOUT_P,
+    AdditiveCase,
+    AdditiveInputs,
     AttentionCase,
     Case,
     LossCase,
     MhaCase,
     ModelCase,
     WeightsCase,
+    WeightsInputs,
+    additive_inputs,
     attention_inputs,
     loss_inputs,
     mha_inputs,
@@ -29,8 +43,9 @@ from fastattn.testing.compare import compare
 from fastattn.testing.oracle import arithmetic_dtype, attention_oracle, loss_oracle, unit_roundoff
 
 MAX_CHECKED_PAIRS = 1 << 22  # (b, h, i, j) evaluated in float64; the check looks at as many heads as that allows
-MAX_HEAD_PAIRS = 1 << 24  # a head with more (i, j) is not evaluated: a shorter sequence is, of so many tokens
+MAX_HEAD_PAIRS = 1 << 22  # a problem with more (i, j) in a head is evaluated at a shorter length: so many tokens
 CHECKED_LENGTH = 1024
+CHECKED_ADDITIVE_LENGTH = 128  # whose float64 features take 32 MB for each 256 of them
 DROPOUT_SIGMAS = 6.0
 VANISHING = 1e-10  # of the output
 
@@ -67,7 +82,11 @@ class Check:
         if isinstance(case, AttentionCase):
             self._attention(case)
         elif isinstance(case, WeightsCase):
-            self._weights(case)
+            self._by_hand(bind_weights(case, _double(weights_inputs(case)), eager_weights))
+        elif isinstance(case, AdditiveCase):
+            # A score adds up as many terms as there are features.
+            terms = math.sqrt(case.features)
+            self._by_hand(bind_additive(case, _double(additive_inputs(case)), eager_additive), terms)
         elif isinstance(case, MhaCase):
             self._mha(case)
         elif isinstance(case, ModelCase):
@@ -155,13 +174,10 @@ class Check:
         self.values = {name: expected.values[name] for name in names}
         self.noise = {name: expected.noise[name] for name in names}
 
-    def _weights(self, case: WeightsCase) -> None:
-        x = weights_inputs(case)
-        x = replace(x, **{name: tensor.detach().double().cpu() for name, tensor in vars(x).items()})
-        for leaf in (x.query, x.key, x.value):
-            leaf.requires_grad_(case.backward)
-        self.values = bind_weights(case, x, eager_weights).results()
-        self.noise = self._plain_noise(self.values)
+    def _by_hand(self, bound: Bound, roundings: float = 1.0) -> None:
+        """The float64 results of an operation written by hand. roundings: how many add up in an element."""
+        self.values = bound.results()
+        self.noise = {name: roundings * noise for name, noise in self._plain_noise(self.values).items()}
 
     def _mha(self, case: MhaCase) -> None:
         inputs = mha_inputs(case)
@@ -219,8 +235,22 @@ class Check:
         self.noise = {name: expected.noise[source] for name, source in names.items()}
 
 
+Inputs = TypeVar("Inputs", WeightsInputs, AdditiveInputs)
+
+
+def _double(x: Inputs) -> Inputs:
+    """The inputs in float64 on the CPU, each a leaf where it was one."""
+    changed = {}
+    for name, tensor in vars(x).items():
+        copied = tensor.detach().cpu()
+        changed[name] = copied.double().requires_grad_(tensor.requires_grad) if copied.is_floating_point() else copied
+    return replace(x, **changed)
+
+
 def checked_form(case: Case) -> Case:
     """What is checked in place of a case: it without dropout, and shorter where it has too many pairs to evaluate."""
+    if isinstance(case, AdditiveCase):
+        return replace(case, length=min(case.length, CHECKED_ADDITIVE_LENGTH))
     if isinstance(case, MhaCase) and case.length > 2 * CHECKED_LENGTH:
         return replace(case, length=CHECKED_LENGTH)
     if not isinstance(case, AttentionCase):

@@ -243,6 +243,8 @@ def bench(
                 records += targets.run_fresh(options, level, run)
         except RuntimeError as error:
             raise click.ClickException(str(error)) from error
+        # The runs know their level; the command is the one that a person typed.
+        environment = {**{name: records[0].get(name) for name in environment}, "command": environment["command"]}
         records = [{**record, "command": environment["command"]} for record in records]
     elif plans:
         records = _run_plans(console, plans, quick, rounds, user, torch.device(device))

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from fastattn.bench.workloads import (
     COPY,
     FEEDFORWARD,
+    AdditiveCase,
+    AdditiveInputs,
     AttentionCase,
     AttentionInputs,
     Case,
@@ -24,6 +26,7 @@ from fastattn.bench.workloads import (
     MhaInputs,
     WeightsCase,
     WeightsInputs,
+    additive_inputs,
     attention_inputs,
     loss_inputs,
     mha_inputs,
@@ -578,4 +581,33 @@ def loss_contenders() -> list[Contender]:
         _loss("eager", _eager_loss),
         _loss("compile", lambda case: torch.compile(_eager_loss(case), dynamic=False), slow_to_start=True),
         Contender(COPY, _copy, yardstick=True),
+    ]
+
+
+def bind_additive(case: AdditiveCase, x: AdditiveInputs, function: Callable[..., Any]) -> Bound:
+    """The step of a function of query, key, value and score weight."""
+    leaves = x.leaves if case.backward else {}
+    return Bound(lambda: function(x.query, x.key, x.value, x.score_weight), leaves, x.grad_out)
+
+
+def eager_additive(query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor) -> Tensor:
+    """Additive attention as it is written by hand, with its L x S x A features in memory."""
+    scores = torch.tanh(query[:, :, None] + key[:, None]) @ score_weight
+    return torch.softmax(scores, dim=-1) @ value
+
+
+def additive_contenders() -> list[Contender]:
+    """Ours first, then additive attention as written by hand, eager and compiled."""
+
+    def contender(name: str, make: Callable[[], Callable[..., Any]], slow_to_start: bool = False) -> Contender:
+        def bind(case: Case) -> Bound:
+            assert isinstance(case, AdditiveCase)
+            return bind_additive(case, additive_inputs(case), make())
+
+        return Contender(name, bind, slow_to_start=slow_to_start)
+
+    return [
+        contender(OURS, lambda: fastattn.additive_attention),
+        contender("eager", lambda: eager_additive),
+        contender("compile", lambda: torch.compile(eager_additive, dynamic=False), slow_to_start=True),
     ]

@@ -149,7 +149,7 @@ def bind_model(case: ModelCase, model: nn.Module, inputs: dict[str, Tensor]) -> 
         out = outputs["reconstruction" if case.model in ("vit", "swin") else "logits"]
         return (out, outputs["attentions"]) if case.attentions else out
 
-    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad and case.backward}
+    leaves: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad and case.backward}
     grad_out = None
     if case.backward:
         with torch.no_grad():

@@ -43,6 +43,7 @@ SUITE_TITLES = {
     "weights": "Attention with its weights",
     "mha": "MultiheadAttention",
     "loss": "Masked losses",
+    "additive": "Additive attention",
     "transformers": "Hugging Face transformers",
 }
 STYLE = """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from fastattn.bench import memory
@@ -17,6 +17,7 @@ from fastattn.bench.contenders import (
     STOCK,
     Bound,
     Contender,
+    additive_contenders,
     attention_contenders,
     loss_contenders,
     mha_contenders,
@@ -28,14 +29,15 @@ from fastattn.bench.records import Record
 from fastattn.bench.timing import Sentinel, Timing, measure, percentiles, round_ratios
 from fastattn.bench.workloads import (
     DROPOUT_OF_ONES,
+    AdditiveCase,
     AttentionCase,
     Case,
     Condition,
-    LossCase,
     MhaCase,
     ModelCase,
     Target,
     WeightsCase,
+    additive_elements,
     attending_pairs,
     attention_bytes,
     attention_flops,
@@ -49,7 +51,7 @@ from fastattn.bench.workloads import (
 from torch import Tensor
 
 # whose error sets the bound of others
-JUDGE = {"attention": "sdpa", "weights": "eager", "mha": STOCK, "loss": "eager", "transformers": "eager"}
+JUDGE = {"attention": "sdpa", "mha": STOCK}  # else eager code
 
 CONDITION_PATIENCE = 4.0  # a promised speed is judged on undisturbed samples, and gets more time to find them
 
@@ -87,6 +89,8 @@ def contenders_for(case: Case, user: Sequence[Contender] = ()) -> list[Contender
         return model_contenders()
     if isinstance(case, WeightsCase):
         return weights_contenders()
+    if isinstance(case, AdditiveCase):
+        return additive_contenders()
     return mha_contenders() if isinstance(case, MhaCase) else loss_contenders()
 
 
@@ -127,7 +131,7 @@ def _run_case(
         or (not (c.slow_to_start or c.yardstick) if plan.peers is None else c.name in plan.peers)
     ]
     tell("checking")
-    entries = _checked(case, chosen, JUDGE[suite])
+    entries = _checked(case, chosen, JUDGE.get(suite, "eager"))
     calls: dict[str, Callable[[], object]] = {}
     for entry in entries:
         if entry.status == "ok" and entry.bound is not None:
@@ -220,6 +224,8 @@ def _counts(case: Case) -> Record:
         return {"useful_flop": mha_flops(case)}
     if isinstance(case, WeightsCase):
         return {"useful_flop": weights_flops(case)}
+    if isinstance(case, AdditiveCase):
+        return {"elements": additive_elements(case)}
     if isinstance(case, ModelCase):
         pictures = case.model in PICTURES
         items = case.batch * (1 if pictures else case.new_tokens or int(lengths_of(case).sum()) // case.batch)
@@ -315,14 +321,7 @@ def memory_job(**job: Any) -> tuple[Callable[[], object], torch.device]:
         return memory_step(**job["settings"]), torch.device("cpu")
     fields = {**job["case"]}
     fields.pop("condition", None)
-    classes: dict[str, Callable[..., Case]] = {
-        "AttentionCase": AttentionCase,
-        "MhaCase": MhaCase,
-        "LossCase": LossCase,
-        "WeightsCase": WeightsCase,
-        "ModelCase": ModelCase,
-    }
-    case = classes[job["kind"]](**fields)
+    case = {kind.__name__: kind for kind in get_args(Case)}[job["kind"]](**fields)
     known = {contender.name: contender for contender in contenders_for(case)}
     name = job["contender"]
     contender = known[name] if name in known else user_contender(name)

@@ -12,6 +12,7 @@ COLUMNS = {
     "weights": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "mha": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "loss": ("time", "GB/s", "fastattn is", "memory", "error"),
+    "additive": ("time", "a second", "fastattn is", "memory", "error"),
     "transformers": ("time", "a second", "fastattn is", "memory", "error"),
 }
 SCALING_COLUMNS = ("time", "a pair", "useful", "÷ sentinel", "fastattn is", "error")
@@ -21,6 +22,7 @@ SPEED = {  # of these columns
     "weights": "useful",
     "mha": "useful",
     "loss": "GB/s",
+    "additive": "a second",
     "transformers": "a second",
 }
 LEGEND = (
@@ -29,7 +31,7 @@ LEGEND = (
     "how many times faster than this peer, round by round, median (p20 to p80). mask prep.: expanding or packing the "
     "mask, not part of time. memory: peak beyond inputs and outputs. error: largest error against float64, over the "
     "largest magnitude. GB/s: counted elements read once, gradient written once. a second: tokens "
-    "(padding does not count) or pictures. ~: fewer than 3 samples were "
+    "(padding does not count), pictures, or the tanh of a query, a key and a feature. ~: fewer than 3 samples were "
     "undisturbed, all are used."
 )
 
@@ -97,6 +99,8 @@ def cell(record: Record, column: str) -> str:
         return f"{record['sentinel_share']:.2f}" if "sentinel_share" in record else ""
     if column == "GB/s":
         return f"{record['bytes_per_s'] / 1e9:.3g}"
+    if column == "a second" and "elements_per_s" in record:
+        return f"{record['elements_per_s']['median'] / 1e9:.3g} G elements"
     if column == "a second":
         return (
             f"{record['items_per_s']:.3g} {record['item']}"

@@ -24,6 +24,7 @@ from fastattn.bench.workloads import (
     ELEMENTS,
     RANDOM_KEYS,
     SENTINEL,
+    AdditiveCase,
     AttentionCase,
     Case,
     LossCase,
@@ -50,7 +51,7 @@ def _row(name: str, case: Case, *targets: Target, peers: frozenset[str] = frozen
         seconds=SECONDS,
         targets=targets,
         row=name,
-        timed=bool(beside),
+        timed=any(target.of == "time" for target in targets),
     )
 
 
@@ -126,6 +127,11 @@ def _plans() -> list[Plan]:
         case = AttentionCase(1, 32, 8, 1, 8192, 64, mask=mask, dtype=dtype)
         cache = "a full cache of 8192" if mask == "dense" else "half of a cache of 8192"
         plans.append(_row(f"decoding, {cache}, {dtype}", case, Target("sdpa", 1.0)))
+    for backward in (False, True):
+        name = f"additive attention, L = S = 512, A = 256, {'forward + backward' if backward else 'forward'}"
+        beside = (Target("eager", 8.0), Target("compile", 2.0))
+        additive = AdditiveCase(2, 512, 256, backward=backward)
+        plans.append(_row(name, additive, *beside, *(() if backward else (Target(ELEMENTS, 15e9),))))
     small = (1, 1, 16, 16)
     plans += [
         _attention("small call, forward", small, 0.5),

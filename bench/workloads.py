@@ -173,6 +173,29 @@ class LossCase:
 
 
 @dataclass(frozen=True)
+class AdditiveCase:
+    """Additive attention of ``length`` queries to as many keys; the values are as wide as the features."""
+
+    batch: int
+    length: int
+    features: int
+    dtype: str = "float32"
+    backward: bool = False
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch},{self.length},{self.features}"
+
+    @property
+    def title(self) -> str:
+        return f"additive attention ({self.shape}) {self.dtype} {step_name(self.backward)}"
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "additive", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A randomly initialised model of Hugging Face transformers: a training step, inference, or generation."""
 
@@ -207,7 +230,7 @@ class ModelCase:
         return {"suite": "transformers", "shape": self.shape, "step": self.step, **asdict(self)}
 
 
-Case = AttentionCase | WeightsCase | MhaCase | LossCase | ModelCase
+Case = AttentionCase | WeightsCase | AdditiveCase | MhaCase | LossCase | ModelCase
 
 
 def step_name(backward: bool) -> str:
@@ -487,3 +510,34 @@ def loss_bytes(case: LossCase, inputs: LossInputs) -> float:
     counted = int(inputs.mask.sum()) * case.channels * case.patch**2
     size = inputs.prediction.element_size()
     return 2.0 * size * counted + (size * inputs.prediction.numel() if case.backward else 0)
+
+
+@dataclass
+class AdditiveInputs:
+    """Projected queries, projected keys and values (B, L, A), the score's weight (A,), and the upstream gradient."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    score_weight: Tensor
+    grad_out: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"dq": self.query, "dk": self.key, "dv": self.value, "dw": self.score_weight}
+
+
+def additive_inputs(case: AdditiveCase, seed: int = 0) -> AdditiveInputs:
+    """Random normal inputs; the weight as small as leaves the scores of a size of 1."""
+    generator = torch.Generator().manual_seed(seed)
+    device, dtype = torch.device(case.device), torch_dtype(case.dtype)
+    shape = (case.batch, case.length, case.features)
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4)]
+    weight = (torch.randn(case.features, generator=generator) / math.sqrt(case.features)).to(device, dtype)
+    leaves = [t.requires_grad_(case.backward) for t in (*tensors[:3], weight)]
+    return AdditiveInputs(leaves[0], leaves[1], leaves[2], leaves[3], tensors[3])
+
+
+def additive_elements(case: AdditiveCase) -> int:
+    """How many tanh the textbook's form takes, of query, key and feature; the same count for both directions."""
+    return case.batch * case.length**2 * case.features

@@ -30,14 +30,24 @@ from fastattn.bench import (  # noqa: E402
     records,
     report,
     runner,
+    scaling,
     simmim,
     suites,
     tables,
+    targets,
     timing,
 )
 from fastattn.bench import cli as bench_cli  # noqa: E402
 from fastattn.bench import workloads as w  # noqa: E402
-from fastattn.bench.contenders import OURS, STOCK, STOCK_SLOW, make_mha, user_contender  # noqa: E402
+from fastattn.bench.contenders import (  # noqa: E402
+    OURS,
+    PROJECTIONS,
+    STOCK,
+    STOCK_SLOW,
+    Bound,
+    make_mha,
+    user_contender,
+)
 
 TINY = w.AttentionCase(1, 2, 2, 40, 40, 8)
 
@@ -139,6 +149,7 @@ def test_our_mask_means_what_the_peers_are_given(mask: str, lengths: tuple[int, 
     assert torch.equal(inputs.make_mask().to_dense(2, 2, *lengths), keep)
     assert w.attending_pairs(case, inputs) == int(keep.sum())
     assert 0 < int(keep.sum()) < keep.numel()
+    assert w.executed_pairs(case, inputs) == w.executed_pairs(case, replace(inputs, band=None))
 
 
 def test_flops_count_attending_pairs_and_executed_tiles():
@@ -151,6 +162,8 @@ def test_flops_count_attending_pairs_and_executed_tiles():
     causal = replace(case, mask="causal", len_k=96)
     inputs = w.attention_inputs(causal)
     assert w.attending_pairs(causal, inputs) == 2 * 4 * 96 * 97 // 2
+    alone = replace(case, backward_alone=True)
+    assert w.attention_flops(alone, pairs) == pytest.approx(4 * 16 * pairs * 2.5) and alone.step == "backward"
     # Tiles of 48 x 64: the upper right one is empty of the four, and the right ones are 32 keys wide.
     assert w.executed_pairs(causal, inputs) == 2 * 4 * (48 * 64 + 48 * 64 + 48 * 32)
 
@@ -231,7 +244,7 @@ def one(plan: runner.Plan, contender: str | None = None) -> dict[str, records.Re
     return {record["contender"]: record for record in found}
 
 
-@pytest.mark.parametrize("mask", w.MASK_KINDS)
+@pytest.mark.parametrize("mask", [*w.MASK_KINDS, w.RANDOM_KEYS, "bias-batch", "bias-shared"])
 def test_every_mask_kind_passes_the_check(mask: str):
     found = one(runner.Plan(replace(TINY, mask=mask, backward=True), peers=frozenset({"sdpa", "eager"})))
     for name in (OURS, "sdpa", "eager"):
@@ -239,7 +252,7 @@ def test_every_mask_kind_passes_the_check(mask: str):
         assert found[name]["time"]["median_s"] > 0
         assert not found[name].keys() & records.environment().keys()  # a written record has both
         assert found[name]["worst_error"] < 1e-5
-    assert set(found[OURS]["errors"]) == {"out", "dq", "dk", "dv"} | ({"dbias"} if mask == "bias" else set())
+    assert set(found[OURS]["errors"]) == {"out", "dq", "dk", "dv"} | ({"dbias"} if mask in w.BIASES else set())
     assert found["sdpa"]["ratio"]["median"] > 0
 
 
@@ -289,6 +302,29 @@ def test_a_condition_is_flagged_and_judged():
     assert [flag["pass"] for flag in flags] == [True, False]
     assert flags[0]["measured"] == found[0]["ratio"]["median"]
     assert flags[1]["promise"] == "at least 1e+06 × sdpa"
+
+
+def test_problems_too_long_for_float64_are_checked_shorter():
+    long = w.AttentionCase(1, 1, 1, 16384, 16384, 8, mask="window", window=3)
+    assert checks.checked_form(long) == replace(long, len_q=1024, len_k=1024)
+    assert checks.checked_form(replace(long, len_q=1)) == replace(long, len_q=1)
+    assert checks.checked_form(replace(TINY, mask="dropout")) == TINY
+    assert checks.checked_form(w.MhaCase(1, 4096, 512, 8)).length == 1024
+
+
+def test_the_backward_alone_leaves_the_forward_out_of_the_step():
+    forwards = []
+    x = torch.ones(3, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        forwards.append(1)
+        return x * x
+
+    bound = Bound(forward, {"x": x}, torch.ones(3), backward_alone=True)
+    for _ in range(3):
+        (gradient,) = bound.step()  # type: ignore[misc]
+        assert torch.equal(gradient, 2 * torch.ones(3))
+    assert len(forwards) == 1
 
 
 @pytest.mark.parametrize("mask", suites.MHA_MASKS)
@@ -462,6 +498,172 @@ def test_the_loss_runs_beside_the_authors(kind: str):
         assert found[name]["status"] == "ok", found[name]["reason"]
         assert set(found[name]["errors"]) == {"out", "dinput"}
         assert found[name]["bytes_per_s"] > 0
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_rows_hold_the_table_of_targets():
+    plans = targets.target_plans()
+    assert len({plan.row for plan in plans}) == len({plan.case.title for plan in plans}) == len(plans)
+    asked = {plan.row: {(t.beside, t.at_least) for t in plan.targets} for plan in plans}
+    assert asked["forward dense, D = 128"] == {("sdpa", 1.3), ("sentinel", 1.0)}
+    assert asked["backward, half of the keys padded"] == {("sdpa", 2.2), ("sentinel", 0.85)}
+    assert asked["MultiheadAttention training step (2, 1024, 512)"] == {(STOCK, 2.0)}
+    assert asked["masked mse, 60 % masked, forward + backward"] == {("eager", 5.0), ("compile", 2.0), ("copy", 0.8)}
+    assert all(plan.targets for plan in plans)
+    causal = targets.target_plans(quick=True, named="causal")
+    assert {plan.rounds for plan in causal} == {3} and all("causal" in plan.row for plan in causal)
+
+
+BESIDE_SDPA, BESIDE_EAGER = w.Target("sdpa", 1e-9), w.Target("eager", 1e-9)
+TINY_ROWS = [
+    targets._row(
+        "half padded", replace(TINY, mask="padded", backward=True, backward_alone=True), w.Target("sdpa", 1e-9)
+    ),
+    targets._row("map included", replace(TINY, mask="random", raw_mask=True), w.Target(w.SENTINEL, 1e9)),
+    targets._row("layer", w.MhaCase(1, 12, 16, 2), w.Target(STOCK, 1e-9), peers=frozenset({PROJECTIONS})),
+    targets._row("layer's memory", w.MhaCase(1, 12, 16, 2, mask="padded"), w.Target(STOCK, 2.0, of="memory")),
+    targets._row("loss", w.LossCase(2, 3, 64, 32, backward=False), BESIDE_EAGER, w.Target(w.COPY, 1e-12)),
+    targets._row("weights", w.WeightsCase(1, 2, 24, 8, backward=True), BESIDE_EAGER),
+    targets._row("additive", w.AdditiveCase(1, 12, 16, backward=True), w.Target(w.ELEMENTS, 1.0), BESIDE_EAGER),
+]
+
+
+def test_the_targets_on_the_command_line(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(targets, "_plans", lambda: TINY_ROWS)
+    path = tmp_path / "r.jsonl"
+    arguments = ["bench", "targets", "--threads", "1", "--json", str(path), "--report", str(tmp_path / "out")]
+    assert run_cli(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "Targets: 7 of 9 met" in shown, shown
+    assert re.search(r"map included +≥ 1e\+09 of the sentinel +\S.* MISSED", shown)
+    assert re.search(r"layer's memory +≤ 1/2 of nn.MultiheadAttention +1/1.0 .*MISSED", shown)
+    assert "the projections alone leave" in shown
+
+    written = records.read(path)
+    assert all(r["status"] == "ok" for r in written if r["record"] == "result"), written
+    judged = {(r["row"], r["beside"]): r for r in written if r["record"] == "target"}
+    assert len(judged) == 9 and {r["threads"] for r in written} == {1}
+    assert judged["half padded", "sdpa"]["measured"]["median"] > 0 and judged["half padded", "sdpa"]["sentinel"]
+    # A copy of the pictures moves 2 x 98304 bytes, the loss reads 5 of 8 patches of two pictures.
+    by_name = {r["contender"]: r for r in written if r["record"] == "result" and r["suite"] == "loss"}
+    share, ratio = judged["loss", "copy"]["measured"]["median"], by_name["copy"]["ratio"]["median"]
+    assert share == pytest.approx(ratio * by_name[OURS]["bytes"] / (2 * 98304))
+    assert "errors" in by_name["copy"] and by_name["copy"]["errors"] is None
+
+    assert "Targets" in (tmp_path / "out" / "report.html").read_text()
+    readme = tmp_path / "README.md"
+    begin, end = compare.marks(written)
+    assert begin == "<!-- measured-targets:begin -->"
+    readme.write_text(f"{begin}\n{end}\n")
+    compare.write_readme(readme, written)
+    assert "| half padded | ≥ 1e-09 × sdpa | " in readme.read_text()
+    assert CliRunner().invoke(bench_cli.bench, ["--compare", str(path), str(path)]).output == "no regression\n"
+
+
+def target(run: int, median: float | None, at_least: float = 1.2) -> records.Record:
+    measured = None if median is None else {"median": median, "p20": median, "p80": median}
+    judged = {"record": "target", "row": "dense", "title": "t", "beside": "sdpa", "of": "time", "at_least": at_least}
+    judged |= {"measured": measured, "sentinel": {"median": 0.9}, "limit": None, "noisy": False, "run": run}
+    return judged | {"pass": median is not None and median >= at_least}
+
+
+def test_a_row_is_met_when_all_of_its_runs_are():
+    (line,) = targets.rows([target(1, 1.3), target(2, 1.25), target(3, 1.2)])
+    assert line == (
+        ["dense", "≥ 1.2 × sdpa", "1.30 (1.30 to 1.30), 1.25 (1.25 to 1.25), 1.20 (1.20 to 1.20)", "0.90", "met"],
+        True,
+    )
+    assert [met for _, met in targets.rows([target(1, 1.3), target(2, 1.19)])] == [False]
+    assert "not measured" in targets.rows([target(1, None)])[0][0][2]
+
+
+def test_runs_are_processes_of_their_own_held_to_a_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    seen = []
+
+    def child(command: list[str], env: dict[str, str], check: bool) -> object:
+        context = bench_cli.bench.make_context("bench", command[4:])  # what the child would understand
+        seen.append((context.params, env))
+        records.write(
+            context.params["json_path"], [target(0, 1.25 + 0.1 * len(seen)) | {"cpu_level": "avx2", "command": "c"}]
+        )
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(targets.subprocess, "run", child)
+    path = tmp_path / "r.jsonl"
+    arguments = ["targets", "--repeat", "3", "--level", "avx2", "--threads", "1", "--rows", "dense", "--quick"]
+    assert run_cli(["bench", *arguments, "--json", str(path)]) == 0
+    assert len(seen) == 3
+    for params, env in seen:
+        assert (params["suite"], params["rows"], params["threads"], params["quick"]) == ("targets", "dense", 1, True)
+        assert params["repeat"] is None and params["level"] is None
+        assert {name: env[name] for name in records.LEVEL_VARIABLES} == targets.LEVELS["avx2"]
+    written = records.read(path)
+    assert [r["run"] for r in written] == [1, 2, 3]
+    assert "c" not in {r["command"] for r in written} and {r["cpu_level"] for r in written} == {"avx2"}
+    assert "Targets: 1 of 1 met" in capsys.readouterr().out
+
+    monkeypatch.setattr(targets.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 2}))
+    assert run_cli(["bench", *arguments]) == 2
+    assert re.search("run 1 failed: exit code 2", capsys.readouterr().err)
+
+
+# Scaling and memory ---------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_runs_while_it_is_affordable():
+    plans = {p.case.title: p for p in scaling.scaling_plans(quick=False, cores=4)}
+    with_peer = {(p.case.mask, p.case.backward, p.case.len_k) for p in plans.values() if "sdpa" in p.peers}
+    assert {p.case.len_k for p in plans.values() if p.scaling == "length"} == set(scaling.LENGTHS)
+    assert ("dense", False, 16384) in with_peer and ("dense", False, 32768) not in with_peer
+    assert ("window", False, 32768) not in with_peer and ("dense", True, 4096) in with_peer
+    every = scaling.scaling_plans(quick=False, cores=6)
+    assert [p.threads for p in every if p.scaling == "threads" and p.case.mask == "dense"] == [1, 2, 4, 6]
+
+
+def test_scaling_on_the_command_line(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in {
+        "QUICK_LENGTHS": (48, 96),
+        "LIVE_LENGTH": 48,
+        "WINDOW": 8,
+        "DIM": 8,
+        "THREADS_CASE": TINY,
+    }.items():
+        monkeypatch.setattr(scaling, name, value)
+    path = tmp_path / "r.jsonl"
+    options = ["--quick", "--threads", "1", "--rounds", "3", "--json", str(path), "--report", str(tmp_path / "out")]
+    assert run_cli(["bench", "scaling", *options]) == 0
+    assert "a pair" in capsys.readouterr().out
+    written = [r for r in records.read(path) if r["contender"] == OURS]
+    assert [r["status"] for r in written] == ["ok"] * (3 * 2 + 3 + 2)
+    counted = {(r["mask"], r["len_k"]): r["attending_pairs"] for r in written if r["scaling"] == "length"}
+    assert counted["dense", 96] == 2 * 96 * 96 and counted["causal", 96] == 96 * 97
+    assert counted["window", 96] == 2 * (96 * 17 - 8 * 9)
+    live = {r["live"]: r["attending_pairs"] for r in written if r["scaling"] == "live"}
+    assert live == {n / 8: 2 * 48 * 6 * n for n in (2, 4, 8)}
+    assert {r["case_threads"] for r in written if r["scaling"] == "threads"} == {1}
+    assert_self_contained(tmp_path / "out" / "report.html", pictures=2)
+
+
+def test_memory_on_the_command_line(
+    tmp_path: Path, short: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    layer = next(p for p in suites.memory_plans() if isinstance(p.case, w.MhaCase))
+    assert layer.case.length == 4096 and layer.memory == {OURS, STOCK} and not layer.timed
+    monkeypatch.setattr(suites, "memory_plans", lambda: [replace(layer, case=w.MhaCase(1, 12, 16, 2))])
+    path = tmp_path / "r.jsonl"
+    assert run_cli(["bench", "memory", "--json", str(path), "--report", str(tmp_path / "out")]) == 0
+    written = records.read(path)
+    assert [r["memory"]["extra"] for r in written] == [2_000_000] * 2 and not any("time" in r for r in written)
+    assert compare.marks(written)[0] == "<!-- measured-memory:begin -->"
+    assert f"| {written[0]['title']} | 2 MB | 2 MB {STOCK} |" in compare.markdown(written)
 
 
 # Memory ---------------------------------------------------------------------------------------------------------------
@@ -652,6 +854,12 @@ def test_report_of_nothing_but_failures_is_still_a_page():
         (["transformers", "--masks", "dense"], "--masks.*'transformers'"),
         (["transformers", "--dtype", "float16"], "--dtype.*'transformers'"),
         (["everything"], "everything"),
+        (["attention", "--rows", "causal"], "--rows.*'attention'"),
+        (["loss", "--repeat", "3"], "--repeat.*'loss'"),
+        (["targets", "--level", "sse2"], "--level.*'sse2'"),
+        (["targets", "--rows", "no such row"], "--rows.*'no such row'"),
+        (["targets", "--masks", "dense"], "--masks.*'targets'"),
+        (["attention", "--threads", "0"], "--threads.*0"),
         (["attention", "--rounds", "1"], "--rounds.*1"),
         (["attention", "--json", "/proc/nowhere/r.jsonl"], "--json.*/proc/nowhere"),
     ],
@@ -715,6 +923,13 @@ def test_a_lost_share_of_the_sentinel_is_a_regression():
     old = [result("a", OURS, 1.0) | {"sentinel_share": 0.9}, result("b", OURS, 1.0) | {"sentinel_share": 0.9}]
     new = [result("a", OURS, 1.0) | {"sentinel_share": 0.5}, result("b", OURS, 1.0) | {"sentinel_share": 0.85}]
     assert compare.regressions(old, new) == ["a, beside sentinel: 0.90 × then, 0.50 × now"]
+
+
+def test_of_several_runs_the_median_is_compared():
+    old = [result("a", "sdpa", 2.0, ratio) for ratio in (1.0, 2.0, 2.1)]
+    new = [result("a", "sdpa", 2.0, ratio) for ratio in (1.95, 1.0, 3.0)]
+    assert compare.speeds(old) == {("a", "sdpa"): 2.0}
+    assert compare.regressions(old, new) == []
 
 
 def test_disturbed_and_unmatched_cases_are_not_compared():
