@@ -31,7 +31,10 @@ def device() -> torch.device:
 
 @contextmanager
 def progress(title: str, steps: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """A progress bar of `steps`, of which `done` are done. Yields what to call after each step, with a few words."""
+    """A progress bar of `steps`, of which `done` are done. Yields what to call after each step, with a few words.
+
+    Drawn on a terminal only.
+    """
     columns = (
         TextColumn(title),
         BarColumn(),
@@ -40,7 +43,8 @@ def progress(title: str, steps: int, done: int = 0) -> Iterator[Callable[[str], 
         TextColumn("{task.fields[words]}"),
     )
     # On stderr, so that what the example says can be piped.
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(title, total=steps, completed=done, words="")
         yield lambda words="": bar.update(task, advance=1, words=words)
 

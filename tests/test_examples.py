@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import click
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as `python examples/NAME.py` does
 
 import common  # noqa: E402
+import simmim_dialogue  # noqa: E402
+
+
+def _run(capsys: pytest.CaptureFixture[str], command: click.Command, *arguments: object) -> str:
+    common.run(command, [str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def _error(capsys: pytest.CaptureFixture[str], command: click.Command, *arguments: object) -> str:
+    """The one line of a run that must end with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        common.run(command, [str(argument) for argument in arguments])
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def _numbers(pattern: str, text: str) -> list[float]:
+    found = re.search(pattern, text)
+    assert found, text
+    return [float(number) for number in found.groups()]
+
 
 SIMPLE = click.command(name="simple")(click.argument("path")(lambda path: print(len(common.read_text(path)))))
 
@@ -23,8 +50,139 @@ def test_bad_text_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], conte
     path = tmp_path / "input.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        common.run(SIMPLE, [str(path)])
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2
-    assert len(lines) == 1 and message in lines[0] and str(path) in lines[0]
+    line = _error(capsys, SIMPLE, path)
+    assert message in line and str(path) in line
+
+
+# ------------------------------------------------------------------------------------------------------- simmim_images
+
+
+@pytest.fixture
+def simmim_images() -> ModuleType:
+    pytest.importorskip("sklearn", reason="scikit-learn carries the digits")
+    pytest.importorskip("skimage", reason="scikit-image carries the photographs")
+    pytest.importorskip("matplotlib", reason="draws the picture")
+    return importlib.import_module("simmim_images")
+
+
+LOSSES_LINE = r"held-out digits: ([\d.]+); with one colour: ([\d.]+)"
+ACCURACY_LINE = r"pretrained ([\d.]+)%, from scratch ([\d.]+)%"
+
+
+def test_images_learns_to_paint_in_hidden_pixels(
+    simmim_images: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.png"
+    output = _run(capsys, simmim_images.main, "--steps", 80, "--tune-steps", 2, "--output", picture)
+    loss, constant = _numbers(LOSSES_LINE, output)
+    assert loss < 0.7 * constant
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("--model", "swin", "--seed", 1)], ids=["vit", "swin"])
+def test_images_meets_its_criterion(
+    simmim_images: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...]
+) -> None:
+    output = _run(capsys, simmim_images.main, *arguments, "--output", tmp_path / "picture.png")
+    loss, constant = _numbers(LOSSES_LINE, output)
+    assert loss <= 0.5 * constant
+    pretrained, scratch = _numbers(ACCURACY_LINE, output)
+    assert pretrained >= scratch + 10
+
+
+@pytest.mark.parametrize(("model", "loss", "normalize"), [("vit", "l1", False), ("swin", "l2", True)])
+def test_images_resumes_bit_for_bit(
+    simmim_images: ModuleType, tmp_path: Path, model: str, loss: str, normalize: bool
+) -> None:
+    pictures = simmim_images.load_pictures(0)
+    whole, first, second = (simmim_images.Pretraining(model, loss, normalize, 0) for _ in range(3))
+    expected = [whole.step(pictures) for _ in range(4)]
+    seen = [first.step(pictures) for _ in range(2)]
+    first.save(tmp_path / "run.pt")
+    second.resume(tmp_path / "run.pt")
+    assert seen + [second.step(pictures) for _ in range(2)] == expected
+    assert second.done == 4
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_images_window_attention_keeps_to_its_windows(simmim_images: ModuleType) -> None:
+    """A token has an effect in its own window only; in shifted windows not beyond the edge of the picture either."""
+    for shift, reached in ((0, [0, 1, 2, 3]), (2, [0, 1])):
+        attention = simmim_images.WindowAttention(16, 2, grid=8, window=4, shift=shift)
+        x = torch.randn(1, 8, 8, 16, requires_grad=True)
+        attention(x)[0, 0, 0].sum().backward()
+        touched = x.grad[0].abs().sum(-1) > 0
+        expected = torch.zeros(8, 8, dtype=torch.bool)
+        expected[reached[0] : reached[-1] + 1, reached[0] : reached[-1] + 1] = True
+        assert torch.equal(touched, expected)
+        assert attention.bias_table.grad.abs().sum() > 0
+
+
+def test_images_bad_checkpoints(simmim_images: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main, good = simmim_images.main, tmp_path / "good.pt"
+    pretraining = simmim_images.Pretraining("vit", "l1", False, 0)
+    pretraining.done = 7
+    pretraining.save(good)
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:1000])
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.pt")
+    assert "cannot be read" in _error(capsys, main, "--resume", tmp_path / "missing.pt")
+    for name in ("empty.pt", "text.pt", "cut.pt", "other.pt"):
+        line = _error(capsys, main, "--resume", tmp_path / name)
+        assert "is not a checkpoint" in line and name in line
+    assert "--model vit, not swin" in _error(capsys, main, "--resume", good, "--model", "swin")
+    assert "--steps must be at least the 7" in _error(capsys, main, "--resume", good, "--steps", 3)
+    assert "no folder" in _error(capsys, main, "--output", tmp_path / "nowhere" / "picture.png")
+    assert "is a directory" in _error(capsys, main, "--checkpoint", tmp_path)
+    assert "--loss" in _error(capsys, main, "--loss", "l3")
+
+
+# ----------------------------------------------------------------------------------------------------- simmim_dialogue
+
+RESTORED_LINE = r"restored in held-out dialogues: ([\d.]+)% of \d+; always guessing '\w+': ([\d.]+)%"
+
+
+def test_dialogue_learns_missing_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two kinds of dialogue, which take fewer steps than all of the file."""
+    blocks = simmim_dialogue.TEXT.read_text().split("\n\n")
+    path = tmp_path / "few.txt"
+    path.write_text("\n\n".join(block for block in blocks if block.startswith(("Excuse me", "Hello. A ticket"))))
+    arguments = ("--text", path, "--steps", 120, "--turn", "Hello. A ticket to _, please.")
+    output = _run(capsys, simmim_dialogue.main, *arguments)
+    restored, guessed = _numbers(RESTORED_LINE, output)
+    assert restored > 2 * guessed
+    assert re.search(r"yours\n  Hello\. A ticket to .*, please\.\n    proposed: \w", output), output
+
+
+@pytest.mark.slow
+def test_dialogue_meets_its_criterion(capsys: pytest.CaptureFixture[str]) -> None:
+    restored, guessed = _numbers(RESTORED_LINE, _run(capsys, simmim_dialogue.main))
+    assert restored >= 50
+    assert restored > 4 * guessed
+
+
+def test_dialogue_words_survive_the_picture(tmp_path: Path) -> None:
+    """What was encoded is found again by the nearest vector, and only hidden cells are filled in."""
+    dialogues = simmim_dialogue.read_dialogues(simmim_dialogue.TEXT)
+    words = simmim_dialogue.Words(dialogues, seed=0)
+    numbers = torch.stack([words.encode(turns) for turns in dialogues[:5]])
+    assert torch.equal(words.nearest(words.images(numbers)), numbers)
+    assert [words.names[n] for n in numbers[0, 0] if n] == dialogues[0][0]
+
+
+def test_dialogue_takes_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("Où est le chat ?\nIl est [là].\n\n" * 12, encoding="utf-8")
+    output = _run(capsys, simmim_dialogue.main, "--text", path, "--steps", 2)
+    assert "10 dialogues to learn from, 2 held out" in output
+
+
+def test_dialogue_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "few.txt"
+    path.write_text("Hello.\nHello.\n")
+    assert "at least 10 dialogues" in _error(capsys, simmim_dialogue.main, "--text", path)
+    assert "cannot be read" in _error(capsys, simmim_dialogue.main, "--text", tmp_path / "missing.txt")
+    assert "--turn" in _error(capsys, simmim_dialogue.main, "--turn", "")
