@@ -158,7 +158,7 @@ def _openmp_runtimes() -> list[str]:
 @click.option("--backend", help="One of our backends; the same as TARGET without a colon.")
 @click.option("--cases", default=100, show_default=True, type=click.IntRange(min=1), help="Random attention problems.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the problems.")
-@click.option("--case", metavar="K", help="Run only this one: 17, weights:3 or loss:5.")
+@click.option("--case", metavar="K", help="Run only this one: 17, weights:3, additive:2 or loss:5.")
 @click.option("--forward-only", is_flag=True, help="Leave the gradients out.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Every problem in this dtype.  [default: a mixture]")
 @click.option(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastattn
-from fastattn import AdditiveAttention, Mask, additive_attention, additive_attention_weights, dispatch
+from fastattn import AdditiveAttention, Mask, additive_attention, additive_attention_weights, dispatch, ops
 from fastattn.dispatch import Problem
+from fastattn.testing import check_additive, random_additive_case, same_bits
 
 BACKENDS = [
     name
@@ -47,6 +52,162 @@ def test_values(backend):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
     assert lse.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
     torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("index", range(16))
+def test_random_problems(backend, index):
+    """Values and gradients by contract 11, masks, empty rows, NaN in dead keys, determinism, uninitialised memory."""
+    checks = check_additive(backend, random_additive_case(1, index))
+    assert not [f"{check.name}: {check.detail}" for check in checks if check.status == "fail"]
+
+
+SIZES = [(1, 1, 1), (17, 1, 8), (1, 113, 59), (113, 203, 8), (203, 17, 59), (49, 65, 256), (5, 7, 33)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("L", "S", "A"), SIZES)
+def test_odd_sizes(backend, L, S, A):
+    inputs = [x.requires_grad_() for x in tensors(2, L, S, A, 11)]
+    keep = torch.rand(2, L, S, generator=torch.Generator().manual_seed(2)) < 0.7
+    keep[0, L // 2] = False
+    for mask in (None, keep):
+        out, lse = additive_attention(*inputs, mask=mask, return_lse=True, backend=backend)
+        expected, expected_lse = formula(*inputs, mask)
+        torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-6, atol=1e-6)
+        upstream = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(3))
+        gradients = torch.autograd.grad(out, inputs, upstream)
+        for actual, wanted in zip(gradients, torch.autograd.grad(expected, inputs, upstream), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-7)  # delta and lse are stored
+
+
+MASKS = {
+    "causal": Mask.causal("bottom_right"),
+    "window": Mask.window(3, 9),
+    "prefix": Mask.prefix([0, 40]),
+    "key_lengths": Mask.key_lengths([70, 0]),
+    "key_padding": Mask.key_padding(torch.arange(99).remainder(5).gt(1).expand(2, 99)),
+    "segments": Mask.segments(torch.arange(67).div(20).long()[None], torch.arange(99).div(30).long()[None]),
+    "dense": Mask.dense(torch.arange(67 * 99).remainder(7).gt(3).view(1, 1, 67, 99)),
+    "both": Mask.causal() & Mask.key_lengths([99, 30]),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks(backend, kind):
+    inputs = [x.requires_grad_() for x in tensors(2, 67, 99, 8, 5)]
+    keep = MASKS[kind].to_dense(2, 1, 67, 99)[:, 0]
+    out, lse = additive_attention(*inputs, mask=MASKS[kind], return_lse=True, backend=backend)
+    expected, _ = formula(*inputs, keep)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
+    empty = ~keep.any(-1)
+    assert not out[empty].any() and (lse[empty] == -torch.inf).all() and torch.isfinite(lse[~empty]).all()
+    gradients = torch.autograd.grad(out.square().sum() + lse[~empty].sum(), inputs)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert not gradients[0][empty].any() and not gradients[1][~keep.any(1)].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_inputs(backend, dtype):
+    # 30: products of exponentials beyond float32. 100 and 400: exponentials beyond float32, and beyond float64.
+    for size in (30.0, 100.0, 400.0):
+        q, k, v, w = tensors(1, 50, 70, 16, 3, dtype)
+        q, k = (q * size).round(), (-q[:, :1] * size).round() + k  # sums that cancel, and sums that saturate
+        inputs = [x.requires_grad_() for x in (q, k, v, w)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        out, expected = additive_attention(*inputs, backend=backend), formula(*exact)[0]
+        torch.testing.assert_close(out.double(), expected, rtol=2e-5, atol=2e-6)
+        gradients = torch.autograd.grad(out.sum(), inputs), torch.autograd.grad(expected.sum(), exact)
+        for actual, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual.double(), wanted, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_and_nan_inputs(backend):
+    q, k, v, w = tensors(1, 3, 5, 4, 2, torch.float32)
+    k[0, 2, 1] = torch.inf
+    out = additive_attention(q, k, v, w, backend=backend)
+    torch.testing.assert_close(out, formula(q, k, v, w)[0])  # tanh(inf) is 1
+    k[0, 2, 1] = torch.nan
+    assert additive_attention(q, k, v, w, backend=backend).isnan().all()
+    dead = torch.tensor([True, True, False, True, True])
+    seen = additive_attention(q, k, v, w, mask=dead[None], backend=backend)
+    torch.testing.assert_close(seen, formula(q, k[:, dead], v[:, dead], w)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_of_zero(backend):
+    for B, L, S, A, Dv in ((0, 3, 5, 4, 2), (2, 0, 5, 4, 2), (2, 3, 0, 4, 2), (2, 3, 5, 0, 2), (2, 3, 5, 4, 0)):
+        inputs = [x.float().requires_grad_() for x in tensors(B, L, S, A, Dv)]
+        out, lse = additive_attention(*inputs, return_lse=True, backend=backend)
+        assert out.shape == (B, L, Dv) and lse.shape == (B, L)
+        if S == 0:
+            assert not out.any() and (lse == -torch.inf).all()
+        if A == 0 and S:
+            torch.testing.assert_close(out, inputs[2].mean(1, keepdim=True).expand_as(out))
+        out.sum().backward()
+        assert all(x.grad is not None and x.grad.shape == x.shape and x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not there")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_value(threads):
+    inputs = [x.float().requires_grad_() for x in tensors(1, 130, 300, 24, 8)]
+
+    def run():
+        out = additive_attention(*inputs, mask=Mask.causal("bottom_right"), backend="cpu")
+        return out, *torch.autograd.grad(out.square().sum(), inputs)
+
+    before, expected = torch.get_num_threads(), run()
+    try:
+        torch.set_num_threads(threads)
+        first, second = run(), run()
+    finally:
+        torch.set_num_threads(before)
+    assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not there")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_strides_and_half_precision(dtype):
+    """Inputs in any layout give the bits of contiguous ones; a float32 weight goes with half precision."""
+    q, k, v, w = tensors(2, 33, 70, 24, 17, dtype)
+    expected = additive_attention(q, k, v, w.float(), backend="cpu")
+    torch.testing.assert_close(expected.double(), formula(*(x.double() for x in (q, k, v, w)))[0], rtol=1e-2, atol=1e-2)
+    wide = [torch.cat((x, torch.full_like(x, torch.nan)), -1)[..., : x.shape[-1]] for x in (q, k, v)]
+    assert same_bits(additive_attention(*wide, w.float(), backend="cpu"), expected)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    assert same_bits(additive_attention(*turned, w.float(), backend="cpu"), expected)
+    columns = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert same_bits(additive_attention(*columns, w.float(), backend="cpu"), expected)
+
+
+def test_memory():
+    """Forward and backward at L = S = 2048, A = 64 within a fraction of L x S floats, let alone L x S x A."""
+    if "cpu" not in BACKENDS:
+        pytest.skip("the compiled library is not there")
+    code = (
+        "import torch, fastattn\n"
+        "def peak():\n"
+        "    return next(int(x.split()[1]) for x in open('/proc/self/status') if x.startswith('VmHWM')) * 1024\n"
+        "def run(n):\n"
+        "    q, k, v = (torch.randn(1, n, 64, requires_grad=True) for _ in range(3))\n"
+        "    w = torch.randn(64, requires_grad=True)\n"
+        "    fastattn.additive_attention(q, k, v, w, backend='cpu').sum().backward()\n"
+        "torch.set_num_threads(1)\n"
+        "run(64); before = peak(); run(2048)\n"
+        "print(peak() - before)"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of the memory is read from /proc")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    inputs = 4 * 2048 * 64
+    assert int(result.stdout) < 16 * inputs < 4 * 2048 * 2048  # inputs, gradients, and scratch of the size of an input
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,3 +304,99 @@ def test_bad_input():
         AdditiveAttention(4, 4.0, 8)
     with pytest.raises(ValueError, match=r"query must have shape \(B, L, 6\)"):
         AdditiveAttention(6, 4, 8)(torch.zeros(2, 3, 4), torch.zeros(2, 5, 4))
+
+
+# The operator --------------------------------------------------------------------------------------------------------
+
+
+def operator_arguments(backend: str, dtype=torch.float32) -> tuple:
+    mask = Mask.causal() & Mask.dense(torch.rand(2, 1, 7, 9, generator=torch.Generator().manual_seed(4)) < 0.8)
+    inputs = [x.requires_grad_() for x in tensors(2, 7, 9, 8, 5, dtype)]
+    tile = dispatch.BACKENDS[backend].tile
+    return *inputs, *ops.flatten_mask(mask.kernel_form(2, 1, 7, 9, torch.device("cpu"), *tile)), backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_opcheck(backend):
+    arguments = operator_arguments(backend)
+    torch.library.opcheck(torch.ops.fastattn.additive_attention.default, arguments)
+    out, lse = torch.ops.fastattn.additive_attention(*arguments)
+    inputs, rest = [x.detach() for x in arguments[:4]], arguments[4:]
+    for grad_lse in (None, torch.randn(2, 7)):
+        backward = (torch.randn(2, 7, 5), grad_lse, *inputs, out.detach(), lse.detach(), *rest)
+        torch.library.opcheck(torch.ops.fastattn.additive_attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend):
+    module = AdditiveAttention(6, 4, 8, backend=backend)
+    states, annotations = torch.randn(2, 3, 6), torch.randn(2, 5, 4)
+
+    def run(module):
+        out, weights = module(states, annotations, mask=Mask.key_lengths([5, 2]), need_weights=True)
+        return out, weights, *torch.autograd.grad(out.square().sum(), list(module.parameters()))
+
+    for actual, expected in zip(
+        run(torch.compile(module, fullgraph=True, backend="aot_eager")), run(module), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms(backend):
+    q, k, v, w = tensors(2, 3, 5, 4, 3)
+
+    def function(q: Tensor, w: Tensor) -> Tensor:
+        return additive_attention(q, k, v, w, backend=backend).square().sum()
+
+    def plain(q: Tensor, w: Tensor) -> Tensor:
+        return formula(q, k, v, w)[0].square().sum()
+
+    for transform in (
+        lambda f: torch.func.grad(f, argnums=(0, 1))(q, w),
+        lambda f: torch.func.jvp(f, (q, w), (q.cos(), w.sin())),
+        lambda f: torch.func.hessian(lambda w: f(q, w))(w),
+        lambda f: torch.vmap(f, (None, 0))(q, torch.stack((w, 2 * w))),
+    ):
+        torch.testing.assert_close(transform(function), transform(plain), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    module = AdditiveAttention(6, 4, 8, backend=backend)
+    states, annotations = torch.randn(2, 3, 6), torch.randn(2, 5, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = module(states, annotations)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), module(states, annotations)[0], rtol=3e-2, atol=3e-2)
+    out.float().sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in module.parameters())
+
+
+def test_flops_are_those_of_the_products():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = [x.requires_grad_() for x in tensors(2, 7, 9, 8, 5)]
+    with FlopCounterMode(display=False) as counter:
+        out = additive_attention(*inputs)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 2 * 2 * 7 * 9 * (8 + 5)
+    assert counter.get_total_flops() - forward == 2 * 2 * 7 * 9 * (4 * 8 + 2 * 5)
+
+
+def test_the_formula_of_exported_programs():
+    from fastattn.integrations.export import decompositions
+
+    arguments = operator_arguments("reference", torch.float64)
+    keep = Mask.key_lengths([4, 0]).kernel_form(2, 1, 7, 9, torch.device("cpu"))
+    for mask in (arguments[4:-1], ops.flatten_mask(keep), ops.flatten_mask(None)):
+        actual = decompositions()[torch.ops.fastattn.additive_attention.default](*arguments[:4], *mask, "reference")
+        expected = torch.ops.fastattn.additive_attention(*arguments[:4], *mask, "reference")
+        torch.testing.assert_close(actual, expected)
+
+
+def test_dispatch_names_what_lacks_it():
+    explanation = dispatch.explain_problem(Problem("additive_attention", "cpu", torch.float32))
+    assert explanation.chosen == BACKENDS[0]
+    assert "it has no kernel of additive attention" in str(explanation)

@@ -10,12 +10,12 @@
 // Three paths, chosen for each pair of tiles by their largest |q| and |k|:
 //   plain     no product e^(2 q) e^(2 k) exceeds 2^60, so that x1 x2 is finite;
 //   clamped   x is cut off at 2^60, where 2 r is far below what the type tells from 0;
-//   direct    an |x| beyond the guard, whose exponential the type does not hold: r from e^(2 (q + k)).
+//   direct    an |x| beyond the guard, whose exponential the type does not hold: e^(2 (q + k)) for each pair.
 //
 // Scores: a key is a lane, e^(2 k) is transposed. Gradients: d tanh(x) / dx = 4 r (1 - r), and a feature is a lane: then the sums over
 // queries and keys are plain additions,
 //     u = dS_ij r (1 - r),  dQ_i += 4 w u,  dK_j += 4 w u,  dw += dS_ij (1 - 2 r)
-// and two queries share one division.
+// and two queries share one division. 1 - r is formed as r e^(2 q) e^(2 k), which loses no digits where r is close to 1.
 //
 // Order: as in attention_backward.cpp. A work item of the backward is one batch, or a share of its key tiles when there are few
 // batches; dQ and dw are then summed in parts, which are added in a fixed order.
@@ -75,18 +75,26 @@ static T exponentials(T* x, int64_t count) {
   return horizontal_max(largest);
 }
 
-// 1 / (1 + e^(2 x)) for any x.
+// No more than `largest`; a NaN stays.
 template <typename T>
-FASTATTN_INLINE Vec<T> direct_share(Vec<T> x) {
-  const Vec<T> t = x * broadcast(static_cast<T>(2 * kLog2E)), top = broadcast(T(120));
-  return broadcast(T(1)) / (broadcast(T(1)) + exp2(t > top ? top : t));
+FASTATTN_INLINE Vec<T> cut_off(Vec<T> x, T largest) {
+  return x > broadcast(largest) ? broadcast(largest) : x;
 }
 
+// e^(2 (q + k)), cut off, from the factors or, for the direct path, from q and k.
 template <typename T, Path kPath>
-FASTATTN_INLINE Vec<T> one_plus_product(Vec<T> a, Vec<T> b) {
-  const Vec<T> x = fma(a, b, broadcast(T(1)));
-  if constexpr (kPath == Path::kPlain) return x;
-  return x > broadcast(kLargest<T>) ? broadcast(kLargest<T>) : x;  // a NaN stays
+FASTATTN_INLINE Vec<T> exponential(Vec<T> q, Vec<T> k) {
+  if constexpr (kPath == Path::kDirect) return exp2(cut_off<T>((q + k) * broadcast(static_cast<T>(2 * kLog2E)), 60));
+  else if constexpr (kPath == Path::kClamped) return cut_off<T>(q * k, kLargest<T>);
+  else return q * k;
+}
+
+// 1 + e^(2 (q + k)), the same.
+template <typename T, Path kPath>
+FASTATTN_INLINE Vec<T> one_plus_exponential(Vec<T> q, Vec<T> k) {
+  if constexpr (kPath == Path::kDirect) return broadcast(T(1)) + exponential<T, kPath>(q, k);
+  else if constexpr (kPath == Path::kClamped) return cut_off<T>(fma(q, k, broadcast(T(1))), kLargest<T>);
+  else return fma(q, k, broadcast(T(1)));
 }
 
 // ---- scores of a tile ----
@@ -105,12 +113,8 @@ FASTATTN_NOINLINE void score_block(int count, const T* __restrict query, int64_t
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
       const Vec<T> q1 = broadcast(query[i * ld + d]), q2 = broadcast(query[i * ld + d + 1]);
-      if constexpr (kPath == Path::kDirect) {
-        acc[i] = fma(w2, direct_share<T>(q2 + k2), fma(w1, direct_share<T>(q1 + k1), acc[i]));
-      } else {
-        const Vec<T> x1 = one_plus_product<T, kPath>(q1, k1), x2 = one_plus_product<T, kPath>(q2, k2);
-        acc[i] += fma(w1, x2, w2 * x1) / (x1 * x2);
-      }
+      const Vec<T> x1 = one_plus_exponential<T, kPath>(q1, k1), x2 = one_plus_exponential<T, kPath>(q2, k2);
+      acc[i] += fma(w1, x2, w2 * x1) / (x1 * x2);
     }
   }
 #pragma GCC unroll 4
@@ -431,22 +435,19 @@ FASTATTN_NOINLINE void gradient_block(int keys, const T* const* query, const T* 
   }
   for (int j = 0; j < keys; ++j) {
     const Vec<T> k = load(key + j * W);
-    Vec<T> gk = load(grad_key + j * W), r[kRows];
-    if constexpr (kPath == Path::kDirect) {
-      for (int i = 0; i < kRows; ++i) r[i] = direct_share<T>(q[i] + k);
-    } else {
+    Vec<T> gk = load(grad_key + j * W), e[kRows], r[kRows];
 #pragma GCC unroll 4
-      for (int i = 0; i + 1 < kRows; i += 2) {
-        const Vec<T> x1 = one_plus_product<T, kPath>(q[i], k), x2 = one_plus_product<T, kPath>(q[i + 1], k);
-        const Vec<T> both = broadcast(T(1)) / (x1 * x2);
-        r[i] = both * x2;
-        r[i + 1] = both * x1;
-      }
-      if constexpr (kRows % 2) r[kRows - 1] = broadcast(T(1)) / one_plus_product<T, kPath>(q[kRows - 1], k);
+    for (int i = 0; i < kRows; ++i) e[i] = exponential<T, kPath>(q[i], k);
+#pragma GCC unroll 4
+    for (int i = 0; i + 1 < kRows; i += 2) {
+      const Vec<T> x1 = e[i] + T(1), x2 = e[i + 1] + T(1), both = broadcast(T(1)) / (x1 * x2);
+      r[i] = both * x2;
+      r[i + 1] = both * x1;
     }
+    if constexpr (kRows % 2) r[kRows - 1] = broadcast(T(1)) / (e[kRows - 1] + T(1));
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> part = broadcast(ds[i][j]) * r[i], u = fma(-part, r[i], part);
+      const Vec<T> part = broadcast(ds[i][j]) * r[i], u = part * (r[i] * e[i]);
       gw += part;
       gq[i] += u;
       gk += u;

@@ -644,10 +644,13 @@ class CpuLibrary(Library):
         if grad_lse is not None:
             fits = grad_lse.shape == lse.shape and grad_lse.dtype == lse.dtype and grad_lse.device == lse.device
             _require(fits, "grad_lse", grad_lse, "{} {} on {}", lse.dtype, tuple(lse.shape), lse.device)
-        gradients = tuple(x.new_empty(x.shape) for x in (query, key, value, score_weight))
-        refs = (_ref(x) for x in (out, grad_out, grad_lse, *gradients))
+        grad_query, grad_key, grad_value, grad_weight = (
+            x.new_empty(x.shape) for x in (query, key, value, score_weight)
+        )
+        written = grad_query, grad_key, grad_value, grad_weight
+        refs = (_ref(x) for x in (out, grad_out, grad_lse, *written))
         _run(self._module.AdditiveAttentionBackward(*shared, *refs), query)
-        return gradients
+        return written
 
     # The rules of csrc/core, for the tests that compare every implementation of them
 

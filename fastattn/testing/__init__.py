@@ -13,20 +13,31 @@ one case, `runner` on many, `adapters` explains which functions can be judged.
 
 from fastattn.testing.adapters import Target, function_target
 from fastattn.testing.cases import (
+    AdditiveCase,
     Case,
     LossCase,
     TermSpec,
     WeightsCase,
     build_problem,
+    random_additive_case,
     random_cases,
     random_loss_cases,
     random_weights_cases,
 )
-from fastattn.testing.checks import Check, check_attention, check_loss, check_weights, poisoned_buffers, same_bits
+from fastattn.testing.checks import (
+    Check,
+    check_additive,
+    check_attention,
+    check_loss,
+    check_weights,
+    poisoned_buffers,
+    same_bits,
+)
 from fastattn.testing.report import Report
 from fastattn.testing.runner import verify
 
 __all__ = [
+    "AdditiveCase",
     "Case",
     "Check",
     "LossCase",
@@ -35,11 +46,13 @@ __all__ = [
     "TermSpec",
     "WeightsCase",
     "build_problem",
+    "check_additive",
     "check_attention",
     "check_loss",
     "check_weights",
     "function_target",
     "poisoned_buffers",
+    "random_additive_case",
     "random_cases",
     "random_loss_cases",
     "random_weights_cases",

@@ -131,6 +131,23 @@ class WeightsCase:
 
 
 @dataclass(frozen=True)
+class AdditiveCase:
+    """A call of additive_attention on the problem of `attention`, which has one head."""
+
+    attention: Case
+    spread: float = 1.0  # standard deviation of query and key
+    weight_float32: bool = False  # the score weight, beside inputs in half precision
+
+    @property
+    def index(self) -> int:
+        return self.attention.index
+
+    def __str__(self) -> str:
+        extras = ", float32 weight" if self.weight_float32 else ""
+        return f"additive spread {self.spread:g}{extras} {self.attention}"
+
+
+@dataclass(frozen=True)
 class LossCase:
     """A masked reconstruction loss. `layout` names the relation of input and mask.
 
@@ -223,6 +240,28 @@ def random_weights_cases(n: int, seed: int, dtype: torch.dtype | None = None) ->
 def random_weights_case(seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False) -> WeightsCase:
     attention = random_case(seed + 7_000_003, index, dtype, small)
     return WeightsCase(replace(attention, index=index, lse_grad=False), average_heads=index % 3 != 2)
+
+
+def random_additive_case(seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False) -> AdditiveCase:
+    rng = random.Random(f"additive {seed} {index}")
+    sizes = replace(_random_sizes(rng, seed, index, small), heads_q=1, heads_kv=1)
+    # The oracle holds every feature of every pair.
+    most = MAX_WORK // 16 if not small else SMALL_WORK // 16
+    while sizes.batch * sizes.len_q * sizes.len_k * sizes.dim_qk > most:
+        if sizes.batch > 1:
+            sizes = replace(sizes, batch=sizes.batch - 1)
+        elif sizes.dim_qk > 64:
+            sizes = replace(sizes, dim_qk=59)
+        else:
+            sizes = replace(sizes, len_q=rng.choice(LENGTHS), len_k=rng.choice(LENGTHS))
+    case = replace(sizes, dtype=dtype or rng.choice(_DTYPE_BAG), layout=rng.choice(LAYOUTS))
+    term_count = rng.choice((0, 1, 1, 1, 2))
+    kinds = [TERM_KINDS[index % len(TERM_KINDS)], *rng.sample(TERM_KINDS, 1)][:term_count]
+    case = replace(case, terms=tuple(_random_term(rng, kind, case) for kind in kinds), lse_grad=rng.random() < 0.3)
+    half = case.dtype in (torch.bfloat16, torch.float16)
+    # 12: products of exponentials are cut off; 40: exponentials that float32 does not hold, and large sums that cancel.
+    spread = rng.choice((1.0, 1.0, 1.0, 0.1, 4.0, 12.0, 40.0))
+    return AdditiveCase(case, spread=spread, weight_float32=half and rng.random() < 0.3)
 
 
 def random_loss_cases(n: int, seed: int, dtype: torch.dtype | None = None) -> list[LossCase]:

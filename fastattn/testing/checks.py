@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from fastattn.testing.adapters import REFUSALS, TENSOR_CORE_BACKENDS, Target, Unsupported, mask_of
-from fastattn.testing.cases import Case, LossCase, Problem, WeightsCase, build_problem, carve, dtype_name
-from fastattn.testing.compare import compare, eager_loss_peer, open_empty_rows, sdpa_peer, weights_peer
+from fastattn.testing.cases import AdditiveCase, Case, LossCase, Problem, WeightsCase, build_problem, carve, dtype_name
+from fastattn.testing.compare import additive_peer, compare, eager_loss_peer, open_empty_rows, sdpa_peer, weights_peer
 from fastattn.testing.oracle import (
     Expected,
+    additive_oracle,
     allowed_in,
     attended_keys,
     attention_oracle,
@@ -442,6 +443,72 @@ def _check_weight_sums(weights: Tensor, expected: Expected) -> Check:
     return Check(
         "sum of weights", PASS if ok else FAIL, "" if ok else f"rows are off by up to {float(error.max()):.3e}"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- additive
+
+
+def check_additive(backend: str, additive_case: AdditiveCase, device: str = "cpu") -> list[Check]:
+    """additive_attention of one of our backends, forward and backward."""
+    additive_attention = importlib.import_module("fastattn").additive_attention
+    case = additive_case.attention
+    generator = torch.Generator().manual_seed(case.index)
+    weight = torch.randn(case.dim_qk, generator=generator) * 3.0 / case.dim_qk**0.5
+    weight = weight.to(torch.float32 if additive_case.weight_float32 else case.dtype)
+
+    def build(guard: float) -> Problem:
+        problem = build_problem(case, guard, device)
+        for tensor in (problem.query, problem.key):
+            # A buffer that batches share is scaled once.
+            base = tensor[:1] if tensor.stride(0) == 0 else tensor
+            base.mul_(additive_case.spread)
+        return problem
+
+    def run(problem: Problem, fill: float) -> dict[str, Tensor]:
+        tensors = {"dq": problem.query, "dk": problem.key, "dv": problem.value}
+        leaves = {name: tensor.detach().squeeze(1).requires_grad_() for name, tensor in tensors.items()}
+        leaves["dw"] = weight.to(device).requires_grad_()
+        with poisoned_buffers(fill):
+            out, lse = additive_attention(
+                *leaves.values(),
+                mask=mask_of(problem.terms) if problem.terms else None,
+                return_lse=True,
+                backend=backend,
+            )
+            outputs, upstream = [out], [problem.grad_out.squeeze(1)]
+            if problem.grad_lse is not None:
+                outputs.append(lse)
+                upstream.append(problem.grad_lse.squeeze(1))
+            gradients = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+    problem = build(NAN)
+    allowed = allowed_in(problem)
+    before = [buffer.clone() for buffer in problem.buffers]
+    seen = run(problem, NAN)
+    written = any(not same_bits(b, buffer) for b, buffer in zip(before, problem.buffers, strict=True))
+    expected = additive_oracle(problem, allowed, weight)
+    peer = additive_peer(problem, allowed, weight) if allowed.numel() else {}
+    dtypes = {"lse": torch.float32, "dw": weight.dtype}
+    checks = [_compare(name, seen[name], expected, peer, dtypes.get(name, case.dtype)) for name in expected.values]
+    checks.append(Check("inputs", FAIL if written else PASS, "an input tensor was written" if written else ""))
+    different = _differences(seen, run(build(OTHER_GUARD), 1.0))
+    checks.append(
+        Check("determinism", FAIL if different else PASS, f"a second run differs in {different}" if different else "")
+    )
+    dead = ~attended_keys(allowed, 1).squeeze(1)  # (B, S)
+    if case.layout == "expanded":
+        dead = dead.all(dim=0, keepdim=True).expand_as(dead)
+    if bool(dead.any()):
+        poisoned = build(NAN)
+        for tensor in (poisoned.key, poisoned.value):
+            base = tensor[:1] if tensor.stride(0) == 0 else tensor
+            where = dead[: base.shape[0], None, :, None].to(base.device)
+            base.masked_fill_(where, NAN if case.index % 2 else float("inf"))
+        different = _differences(seen, run(poisoned, NAN))
+        detail = f"NaN or Inf in keys that no query may attend to changed {different}" if different else ""
+        checks.append(Check("leak", FAIL if different else PASS, detail))
+    return checks
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss

@@ -247,6 +247,30 @@ def weights_peer(
     return {"weights": weights.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
+def additive_peer(problem: Problem, allowed: Tensor, score_weight: Tensor) -> dict[str, Tensor]:
+    """Additive attention with torch's operators in the arithmetic dtype. Rows that may attend to nothing are opened, as
+    for `sdpa_peer`, and their output, lse and gradient set to what they must be."""
+    case = problem.case
+    names, arithmetic = ("dq", "dk", "dv", "dw"), arithmetic_dtype(case.dtype)
+    tensors = (problem.query.squeeze(1), problem.key.squeeze(1), problem.value.squeeze(1), score_weight)
+    inputs = [tensor.detach().cpu().requires_grad_() for tensor in tensors]
+    q, k, v, w = (tensor.to(arithmetic) for tensor in inputs)
+    keep = allowed.squeeze(1)
+    empty = ~keep.any(-1)
+    scores = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1)) @ w
+    scores = scores.masked_fill(~(keep | empty.unsqueeze(-1)), float("-inf"))
+    out = (torch.softmax(scores, -1) @ v).to(case.dtype)
+    lse = scores.logsumexp(-1)
+    outputs, upstream = [out], [problem.grad_out.detach().cpu().squeeze(1).masked_fill(empty.unsqueeze(-1), 0.0)]
+    if problem.grad_lse is not None:
+        outputs.append(lse)
+        upstream.append(problem.grad_lse.cpu().squeeze(1).to(lse.dtype).masked_fill(empty, 0.0))
+    gradients = torch.autograd.grad(outputs, inputs, upstream)
+    results = {"out": out.detach().masked_fill(empty.unsqueeze(-1), 0.0)}
+    results["lse"] = lse.detach().masked_fill(empty, float("-inf"))
+    return results | dict(zip(names, gradients, strict=True))
+
+
 def eager_loss_peer(
     case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps: float, upstream: Tensor
 ) -> dict[str, Tensor]:

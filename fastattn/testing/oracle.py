@@ -384,6 +384,59 @@ def weights_oracle(
     return expected
 
 
+# ------------------------------------------------------------------------------------------------------------- additive
+
+TANH_ULPS = 2.0  # of 1, since tanh(x) may be taken as 1 - 2 / (1 + e^(2 x))
+
+
+def additive_oracle(problem: Problem, allowed: Tensor, score_weight: Tensor) -> Expected:
+    """Expected out, lse, dq, dk, dv, dw of additive attention on a problem of one head. `allowed` is (B, 1, L, S)."""
+    case, keep = problem.case, allowed.squeeze(1)
+    tensors = (problem.query.squeeze(1), problem.key.squeeze(1), problem.value.squeeze(1), score_weight)
+    q, k, v, w = inputs = [t.detach().cpu().double().requires_grad_() for t in tensors]
+    features = torch.tanh(q.unsqueeze(2) + k.unsqueeze(1))  # (B, L, S, A)
+    scores = (features @ w).masked_fill(~keep, float("-inf"))
+    p, lse = _softmax(scores)
+    out = p @ v
+    expected = Expected({"out": out.detach(), "lse": lse.detach()})
+    grad_out = problem.grad_out.detach().cpu().double().squeeze(1)
+    outputs, upstream = [out], [grad_out]
+    grad_lse = None if problem.grad_lse is None else problem.grad_lse.cpu().double().squeeze(1)
+    if grad_lse is not None:
+        outputs.append(lse)
+        upstream.append(grad_lse)
+    gradients = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
+    for name, tensor, gradient in zip(("dq", "dk", "dv", "dw"), inputs, gradients, strict=True):
+        expected.values[name] = torch.zeros_like(tensor) if gradient is None else gradient
+
+    with torch.no_grad():
+        u, values, noise = unit_roundoff(arithmetic_dtype(case.dtype)), expected.values, expected.noise
+        size_w, slope = w.abs(), 1 - features * features
+        chain = 2.0 * (features.abs() @ size_w) + math.sqrt(w.shape[0] / 3) * (features @ w).abs()
+        weight = EXP_ULPS + chain + TANH_ULPS * size_w.sum()
+        noise["out"] = _store(values["out"], case.dtype) + u * ((p * weight) @ v.abs())
+        finite_lse = values["lse"].masked_fill(values["lse"] == float("-inf"), 0.0).abs()
+        lse_size = (p * weight).sum(dim=-1) + EXP_ULPS
+        noise["lse"] = unit_roundoff(torch.float32) * (finite_lse + 1.0) + u * lse_size
+        dp, dp_size = grad_out @ v.transpose(-1, -2), grad_out.abs() @ v.abs().transpose(-1, -2)
+        delta, delta_size = (p * dp).sum(-1, keepdim=True), (p * dp_size).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta, delta_size = delta - grad_lse.unsqueeze(-1), delta_size + grad_lse.abs().unsqueeze(-1)
+        ds = p * (dp - delta)
+        stored = _store(values["out"], case.dtype)  # delta is formed from the stored out, as in attention
+        of_ds = u * (p * weight * (dp_size + delta_size))
+        of_ds = of_ds + p * 2.0 * (grad_out * stored).square().sum(dim=-1, keepdim=True).sqrt()
+        # What dS is off by, and what the slope is.
+        of_slope = TANH_ULPS * u
+        both = (of_ds.unsqueeze(-1) * (slope + of_slope) + of_slope * ds.abs().unsqueeze(-1)) * size_w
+        noise["dq"] = _store(values["dq"], case.dtype) + both.sum(2)
+        noise["dk"] = _store(values["dk"], case.dtype) + both.sum(1)
+        noise["dv"] = _store(values["dv"], case.dtype) + u * ((p * weight).transpose(-1, -2) @ grad_out.abs())
+        size_dw = of_ds.unsqueeze(-1) * features.abs() + TANH_ULPS * u * ds.abs().unsqueeze(-1)
+        noise["dw"] = _store(values["dw"], score_weight.dtype) + size_dw.sum((0, 1, 2))
+    return expected
+
+
 # ----------------------------------------------------------------------------------------------------------------- loss
 
 

@@ -11,19 +11,21 @@ import torch
 from fastattn import dispatch
 from fastattn.testing.adapters import Target, foreign_target, own_target
 from fastattn.testing.cases import (
+    AdditiveCase,
     Case,
     LossCase,
     WeightsCase,
     dtype_name,
+    random_additive_case,
     random_case,
     random_loss_case,
     random_weights_case,
 )
-from fastattn.testing.checks import FAIL, Check, check_attention, check_loss, check_weights
+from fastattn.testing.checks import FAIL, Check, check_additive, check_attention, check_loss, check_weights
 from fastattn.testing.report import CaseResult, Report
 
-_Case = Case | WeightsCase | LossCase
-FAMILIES = ("attention", "weights", "loss")
+_Case = Case | WeightsCase | AdditiveCase | LossCase
+FAMILIES = ("attention", "weights", "additive", "loss")
 
 
 def resolve_target(text: str, signature: str | None = None) -> Target:
@@ -38,7 +40,7 @@ def parse_case(text: str) -> tuple[str, int]:
     family, _, number = text.rpartition(":")
     family = family or "attention"
     if family not in FAMILIES or not number.isdigit():
-        raise ValueError(f"case must be K, weights:K or loss:K with K >= 0, got {text!r}")
+        raise ValueError(f"case must be K, weights:K, additive:K or loss:K with K >= 0, got {text!r}")
     return family, int(number)
 
 
@@ -60,9 +62,10 @@ def verify(
     """Runs `n` random attention problems of `seed` against `target`, and reports.
 
     target: a `Target`, the name of one of our backends, or "module:function" (see `fastattn.testing.adapters`).
-    One of our backends also gets n / 5 problems of attention_weights and, unless `loss` is False, n / 2 of the masked
-    losses. case: run only this one ("17", "weights:3", "loss:5"). strict: hold a function with SDPA's signature to our
-    rules on empty rows and leaks, which SDPA does not promise (the default for ours, and for fastattn's signature).
+    One of our backends also gets n / 5 problems of attention_weights and n / 5 of additive_attention, if it has that,
+    and, unless `loss` is False, n / 2 of the masked losses. case: run only this one ("17", "weights:3", "additive:2",
+    "loss:5"). strict: hold a function with SDPA's signature to our rules on empty rows and leaks, which SDPA does not
+    promise (the default for ours, and for fastattn's signature).
     small: bound the attention problems further, for slow targets such as a kernel in an interpreter.
     progress: called after each case with its result and the number of cases.
     """
@@ -72,7 +75,8 @@ def verify(
         target = resolve_target(target, signature)
     report = Report(target.name, target.signature, seed)
     work = [
-        (family, in_able_dtype(target, p, device)) for family, p in _work(target, n, seed, dtype, case, loss, small)
+        (family, in_able_dtype(target, p, device))
+        for family, p in _work(target, n, seed, dtype, case, loss, small, device)
     ]
     for family, problem in work:
         started = time.perf_counter()
@@ -88,11 +92,12 @@ def verify(
 
 
 def _work(
-    target: Target, n: int, seed: int, dtype: torch.dtype | None, case: str | None, loss: bool, small: bool
-) -> Iterator[tuple[str, Case | WeightsCase | LossCase]]:
-    makers: dict[str, Callable[..., Case | WeightsCase | LossCase]] = {
+    target: Target, n: int, seed: int, dtype: torch.dtype | None, case: str | None, loss: bool, small: bool, device: str
+) -> Iterator[tuple[str, _Case]]:
+    makers: dict[str, Callable[..., _Case]] = {
         "attention": random_case,
         "weights": random_weights_case,
+        "additive": random_additive_case,
         "loss": random_loss_case,
     }
     if case is not None:
@@ -106,8 +111,18 @@ def _work(
     if target.own:
         for index in range(n // 5):
             yield "weights", random_weights_case(seed, index, dtype, small)
+        for index in range(n // 5 if _has_additive(target, device) else 0):
+            yield "additive", random_additive_case(seed, index, dtype, small)
         for index in range(n // 2 if loss else 0):
             yield "loss", random_loss_case(seed, index, dtype, small)
+
+
+def _has_additive(target: Target, device: str) -> bool:
+    """Whether a backend of ours has kernels of additive attention; not every one has."""
+    if target.name not in dispatch.BACKENDS:
+        return False
+    problem = dispatch.Problem("additive_attention", device, torch.float32)
+    return not dispatch.BACKENDS[target.name].why_not(problem)
 
 
 def in_able_dtype(target: Target, problem: _Case, device: str = "cpu") -> _Case:
@@ -115,11 +130,11 @@ def in_able_dtype(target: Target, problem: _Case, device: str = "cpu") -> _Case:
     if not target.own or target.name not in dispatch.BACKENDS:
         return problem
     why_not = dispatch.BACKENDS[target.name].why_not
-    dtype = problem.attention.dtype if isinstance(problem, WeightsCase) else problem.dtype
+    dtype = problem.attention.dtype if isinstance(problem, (WeightsCase, AdditiveCase)) else problem.dtype
     wanted, other = (dispatch.Problem("attention", device, each) for each in (dtype, torch.float32))
     if not why_not(wanted) or why_not(other):
         return problem
-    if isinstance(problem, WeightsCase):
+    if isinstance(problem, (WeightsCase, AdditiveCase)):
         return replace(problem, attention=replace(problem.attention, dtype=torch.float32))
     return replace(problem, dtype=torch.float32)
 
@@ -127,7 +142,7 @@ def in_able_dtype(target: Target, problem: _Case, device: str = "cpu") -> _Case:
 def _check(
     family: str,
     target: Target,
-    problem: Case | WeightsCase | LossCase,
+    problem: _Case,
     forward_only: bool,
     strict: bool,
     device: str,
@@ -138,6 +153,8 @@ def _check(
             return check_attention(target, problem, forward_only, strict, device)
         if isinstance(problem, WeightsCase):
             return check_weights(target.name, problem, device)
+        if isinstance(problem, AdditiveCase):
+            return check_additive(target.name, problem, device)
         return check_loss(target.name, problem, device)
     except Exception as error:  # a crash of the target is a finding about this case, and no reason to stop
         return [Check("run", FAIL, f"{type(error).__name__}: {error}")]
