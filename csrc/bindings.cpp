@@ -325,6 +325,40 @@ void bind_additive_attention(py::module_& module) {
 #undef FASTATTN_ADDITIVE
 #undef FASTATTN_ADDITIVE_PARAMS
 
+void bind_linear_masked_loss(py::module_& module) {
+  launch<LinearMaskedLossParams>(module, "LinearMaskedLoss", kernels::linear_masked_loss_workspace,
+                                 kernels::linear_masked_loss)
+      .def(py::init([](int kind, int reduction, double beta, const py::tuple& size, int64_t patch_size,
+                       const TensorRef& hidden, const TensorRef& weight, const TensorRef& bias, const TensorRef& target,
+                       const TensorRef& mask, bool normalize_target, double normalize_eps, const TensorRef& loss,
+                       const TensorRef& grad_hidden, const TensorRef& grad_weight, const TensorRef& grad_bias,
+                       const TensorRef& grad_target, uint64_t executor) {
+        LinearMaskedLossParams params;
+        params.kind = static_cast<LossKind>(kind);
+        params.reduction = static_cast<Reduction>(reduction);
+        params.beta = beta;
+        int64_t* const fields[] = {&params.batch, &params.grid_height, &params.grid_width, &params.dim_in, &params.dim_out};
+        int n = 0;
+        for (int64_t* field : fields) *field = py::cast<int64_t>(size[n++]);
+        params.patch_size = patch_size;
+        params.hidden = hidden;
+        params.weight = weight;
+        params.bias = bias;
+        params.target = target;
+        params.mask = pointer<uint8_t>(mask);
+        for (int d = 0; d < 3; ++d) params.mask_stride[d] = mask.stride[d];
+        params.normalize_target = normalize_target;
+        params.normalize_eps = normalize_eps;
+        params.loss = loss;
+        params.grad_hidden = grad_hidden;
+        params.grad_weight = grad_weight;
+        params.grad_bias = grad_bias;
+        params.grad_target = grad_target;
+        set_executor(params, executor);
+        return params;
+      }));
+}
+
 constexpr int64_t kSmallWorkspace = 256 * 1024;  // bytes that a thread keeps
 constexpr int64_t kSmallHeadDim = 256;
 
@@ -469,6 +503,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("attention_forward_small", attention_forward_small);
   bind_rules(module);
   bind_additive_attention(module);
+  bind_linear_masked_loss(module);
 #endif
   module.def("build_info", build_info);
   module.attr("TILE_M") = kernels::kTileM;

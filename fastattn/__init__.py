@@ -12,7 +12,14 @@ from fastattn.attention import (
 from fastattn.dispatch import use_backend
 from fastattn.integrations.replace import ReplacementReport, replace_multihead_attention
 from fastattn.integrations.sdpa import register_flash_attention_impl, replace_scaled_dot_product_attention
-from fastattn.losses import masked_l1_loss, masked_mse_loss, masked_smooth_l1_loss
+from fastattn.losses import (
+    linear_masked_l1_loss,
+    linear_masked_mse_loss,
+    linear_masked_smooth_l1_loss,
+    masked_l1_loss,
+    masked_mse_loss,
+    masked_smooth_l1_loss,
+)
 from fastattn.masks import Mask
 from fastattn.nn import (
     AdditiveAttention,
@@ -44,6 +51,9 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "explain",
+    "linear_masked_l1_loss",
+    "linear_masked_mse_loss",
+    "linear_masked_smooth_l1_loss",
     "masked_l1_loss",
     "masked_mse_loss",
     "masked_smooth_l1_loss",

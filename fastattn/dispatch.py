@@ -29,7 +29,9 @@ GPU_DTYPES = KERNEL_DTYPES[:3]
 class Problem(NamedTuple):
     """What a backend has to know to tell whether it can run."""
 
-    operation: str  # "attention", "attention_weights", "mask_tiles", "masked_loss", "additive_attention"
+    operation: (
+        str  # "attention", "attention_weights", "mask_tiles", "masked_loss", "linear_masked_loss", "additive_attention"
+    )
     device: str  # the type, such as "cpu"
     dtype: torch.dtype
     head_dim: int = 0  # the larger of D and Dv; 0 where there are no heads
@@ -74,6 +76,8 @@ def _cuda_why_not(problem: Problem) -> list[str]:
             reasons.append(f"it was built for capability {built}, this GPU has {capability[0]}.{capability[1]}")
     if problem.operation == "additive_attention":
         reasons.append("it has no kernel of additive attention")
+    if problem.operation == "linear_masked_loss":
+        reasons.append("it has no kernel of the linear head with its loss")
     if problem.device != "cuda" and not (CUDA_EMULATED and problem.device == "cpu"):
         reasons.append(f"it computes on CUDA tensors, these are on {problem.device!r}")
     return reasons + _gpu_kernel_reasons(problem)
@@ -92,6 +96,8 @@ def _triton_why_not(problem: Problem) -> list[str]:
     reasons = []
     if problem.operation == "additive_attention":
         reasons.append("it has no kernel of additive attention")
+    if problem.operation == "linear_masked_loss":
+        reasons.append("it has no kernel of the linear head with its loss")
     if TRITON_FAILURE is not None:
         reasons.append(TRITON_FAILURE)
     if problem.device == "cuda":

@@ -108,6 +108,103 @@ def masked_smooth_l1_loss(
     return _masked_loss(kind, input, target, mask, patch_size, reduction, beta, normalize_target, eps, backend)
 
 
+def linear_masked_mse_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | None = None,
+    reduction: str = "masked_mean",
+    normalize_target: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Prediction head and loss in one: `masked_mse_loss` of the prediction hidden @ weight.T + bias.
+
+    Only the counted tokens are predicted, a block of them at a time: the predictions are never stored, and the products
+    of forward and backward run at the counted share of their size. What is not counted, in `hidden` and in `target`,
+    may hold NaN or Inf. Sums are made in a fixed order: two runs are bitwise equal, whatever the number of threads.
+
+    Args:
+        hidden: features of the tokens, (B, N, E); float32, bfloat16, float16 or float64.
+        weight: (P, E), as of `torch.nn.Linear`; dtype and device of `hidden`.
+        bias: (P,), or None.
+        target: tokens (B, N, P); or with `patch_size` images (B, C, H, W), whose patches in row order are the tokens:
+            P = C * p * p, and prediction (c, y, x), in this order, is pixel (y, x) of channel c of the patch. Any
+            strides; dtype and device of `hidden`, under autocast any dtype.
+        mask: bool, True = this token counts; (B, N), or with `patch_size` also the patch grid (B, H/p, W/p).
+        patch_size: p, side of the patches in pixels, which divides H and W; None when the target is tokens.
+        reduction: "masked_mean" (sum over the counted elements, divided by their number; 0 when there are none),
+            "sum" (over the counted elements) or "mean" (that sum divided by the number of all elements, B * N * P).
+        normalize_target: replace the target x of each token by (x - mean) / sqrt(variance + eps), with the unbiased
+            variance over its P elements, as MAE does. No gradient can flow to such a target.
+        eps: added to the variance; positive.
+        backend: "cpu", "reference", ...; None takes the first able one.
+
+    Returns:
+        A scalar of the dtype of `target`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes that do not fit, tensors on different devices, or an unknown `reduction` or `backend`.
+        RuntimeError: `backend` is named and cannot run.
+
+    Source: the head and loss of SimMIM (Xie et al. 2022, sections 3.3 and 3.4) and of MAE (He et al. 2022, section 3).
+    """
+    return _linear_masked_loss(
+        "l2", hidden, weight, bias, target, mask, patch_size, reduction, 1.0, normalize_target, eps, backend
+    )
+
+
+def linear_masked_l1_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | None = None,
+    reduction: str = "masked_mean",
+    normalize_target: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Prediction head and loss in one: `masked_l1_loss` of the prediction hidden @ weight.T + bias, SimMIM's own.
+
+    Arguments, result and errors: `linear_masked_mse_loss`.
+    """
+    return _linear_masked_loss(
+        "l1", hidden, weight, bias, target, mask, patch_size, reduction, 1.0, normalize_target, eps, backend
+    )
+
+
+def linear_masked_smooth_l1_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    *,
+    patch_size: int | None = None,
+    reduction: str = "masked_mean",
+    beta: float = 1.0,
+    normalize_target: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Prediction head and loss in one: `masked_smooth_l1_loss` of the prediction hidden @ weight.T + bias.
+
+    beta: as there. The other arguments, result and errors: `linear_masked_mse_loss`.
+    """
+    beta = check_beta(beta)
+    kind = "smooth_l1" if beta > 0 else "l1"
+    return _linear_masked_loss(
+        kind, hidden, weight, bias, target, mask, patch_size, reduction, beta, normalize_target, eps, backend
+    )
+
+
 def _masked_loss(
     kind: str,
     input: Tensor,
@@ -137,6 +234,111 @@ def _masked_loss(
         input, target, mask, kind, reduction, patch_size or 0, beta, normalize_target, float(eps), need_grad, name
     )
     return loss.view(shape) if reduction == "none" and len(shape) > _MAX_DIMS else loss
+
+
+def _linear_masked_loss(
+    kind: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    patch_size: int | None,
+    reduction: str,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+    backend: str | None,
+) -> Tensor:
+    check_options(patch_size, reduction, normalize_target, eps)
+    if reduction == "none":
+        raise ValueError("reduction must be 'masked_mean', 'sum' or 'mean': a fused head has no losses of elements")
+    dtype = _check_head(hidden, weight, bias, target, mask)
+    mask = _check_tokens(hidden, weight, target, mask, patch_size)
+    if normalize_target:
+        if target.requires_grad:
+            raise ValueError("target must not require grad with normalize_target: no gradient is defined through it")
+        if weight.shape[0] < 2:
+            raise ValueError(
+                "weight must predict at least 2 elements to normalise over with normalize_target, "
+                f"got {tuple(weight.shape)}"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (P,) = {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    name = dispatch.select(Problem("linear_masked_loss", hidden.device.type, dtype), backend)
+    grad = torch.is_grad_enabled()
+    need_grad = [grad and x is not None and x.requires_grad for x in (hidden, weight, bias, target)]
+    return ops.linear_masked_loss(
+        *(hidden, weight, bias, target, mask),
+        *(kind, reduction, patch_size or 0, beta, normalize_target, float(eps), need_grad, name),
+    )[0]
+
+
+def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor) -> torch.dtype:
+    """Checks types, dtypes and devices; returns the dtype that the operator will see."""
+    head = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, tensor in {**head, "target": target, "mask": mask}.items():
+        if not isinstance(tensor, Tensor):
+            also = " or None" if name == "bias" else ""
+            raise TypeError(f"{name} must be a tensor{also}, got {type(tensor).__name__}")
+    for name, tensor in {**head, "target": target}.items():
+        if tensor.dtype not in KERNEL_DTYPES:
+            raise TypeError(f"{name} must be of dtype {_ACCEPTED_DTYPES}, got {tensor.dtype}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be of dtype bool, True = counts; got {mask.dtype}: pass mask.bool()")
+    # Autocast brings the head to its own dtype, as it does for torch's linear; float64 it leaves alone.
+    autocast = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+    for name, tensor in {**head, "target": target}.items():
+        cast = autocast and torch.float64 not in (tensor.dtype, hidden.dtype)
+        if tensor.dtype != hidden.dtype and not cast:
+            raise TypeError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {tensor.dtype}")
+    for name, tensor in {**head, "target": target, "mask": mask}.items():
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
+    if autocast and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    return hidden.dtype
+
+
+def _check_tokens(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor, patch_size: int | None) -> Tensor:
+    """Checks the shapes but that of bias; returns the mask as (B, 1, N), or as the patch grid (B, H/p, W/p)."""
+    if hidden.dim() != 3:
+        raise ValueError(f"hidden must be (B, N, E), got {tuple(hidden.shape)}")
+    batch, tokens, dim = hidden.shape
+    if weight.dim() != 2 or weight.shape[1] != dim:
+        raise ValueError(f"weight must be (P, {dim}) for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
+    size = weight.shape[0]
+    if patch_size is None:
+        if target.shape != (batch, tokens, size):
+            raise ValueError(f"target must be (B, N, P) = {(batch, tokens, size)}, got {tuple(target.shape)}")
+        if mask.shape != (batch, tokens):
+            raise ValueError(f"mask must be (B, N) = {(batch, tokens)}, got {tuple(mask.shape)}")
+        return mask.unsqueeze(1)
+    if target.dim() != 4 or target.shape[0] != batch:
+        raise ValueError(f"target must be images ({batch}, C, H, W) with patch_size, got {tuple(target.shape)}")
+    _, channels, height, width = target.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"patch_size must divide the height and width of target, got {patch_size} for {height} x {width}"
+        )
+    rows, columns = height // patch_size, width // patch_size
+    if rows * columns != tokens:
+        raise ValueError(
+            f"target must have the {tokens} patches that hidden has tokens, got {rows} x {columns} of side {patch_size}"
+        )
+    if channels * patch_size**2 != size:
+        raise ValueError(
+            f"weight must predict the {channels * patch_size**2} numbers of a patch of {channels} x {patch_size} x "
+            f"{patch_size}, got {tuple(weight.shape)}"
+        )
+    if mask.shape == (batch, tokens):
+        return mask.unflatten(1, (rows, columns))
+    if mask.shape != (batch, rows, columns):
+        raise ValueError(
+            f"mask must be (B, N) = {(batch, tokens)} or the patch grid {(batch, rows, columns)}, got "
+            f"{tuple(mask.shape)}"
+        )
+    return mask
 
 
 def _number(name: str, value: Any) -> float:

@@ -76,6 +76,9 @@ SCHEMAS: dict[str, str] = {
     "-> (Tensor bits, Tensor live, Tensor full, Tensor live_t, Tensor full_t)",
     "masked_loss": "(Tensor input, Tensor target, Tensor mask, str kind, str reduction, int patch_size, float beta, "
     "bool normalize_target, float eps, bool need_grad, str backend) -> (Tensor loss, Tensor grad_input)",
+    "linear_masked_loss": "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor mask, str kind, "
+    "str reduction, int patch_size, float beta, bool normalize_target, float eps, bool[] need_grad, str backend) "
+    "-> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor grad_target)",
     "masked_loss_backward": "(Tensor grad_loss, Tensor input, Tensor target, Tensor mask, str kind, int patch_size, "
     "float beta, bool normalize_target, float eps, str backend) -> Tensor",
     "additive_attention": f"(Tensor query, Tensor key, Tensor value, Tensor score_weight, {_MASK}, str backend) "
@@ -828,6 +831,63 @@ def additive_attention_weights(query: Tensor, key: Tensor, lse: Tensor, score_we
     return reference.additive_weights(query, key, lse, score_weight, _additive_mask(query, key, rest))
 
 
+# Linear head with its masked loss -------------------------------------------------------------------------------------
+# hidden (B, N, E), weight (P, E), bias (P,), target (B, N, P) with mask (B, 1, N), or images with a patch grid. All
+# gradients come out of the forward, for an upstream gradient of 1: nothing of the predictions is left for a backward.
+
+
+def _linear_masked_loss(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *arguments, backend = rest
+    loss, *gradients = dispatch.load(backend).linear_masked_loss(hidden, *arguments)
+    return loss, *(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _linear_masked_loss_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    need_grad = rest[7]
+    gradients = (
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        for x, need in zip((hidden, weight, bias, target), need_grad, strict=True)
+    )
+    return target.new_empty(()), *gradients
+
+
+def _linear_masked_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.rest = tuple(inputs[5:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:5], *output[1:])
+
+
+def _linear_masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    nothing = (None,) * 9
+    if grad_loss is None:
+        return *(None,) * 4, *nothing
+    tensors, gradients = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    *options, need_grad, backend = ctx.rest
+    wanted = ctx.needs_input_grad[:4]
+    if wanted[3] and options[4]:
+        raise RuntimeError("fastattn::linear_masked_loss: no gradient reaches a target that is normalised")
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Someone differentiates the gradient: through its plain formula, any number of times.
+        formula = reference_loss.differentiable_linear_gradients(*tensors, *options)
+        return *(
+            g * grad_loss if want and g is not None else None for g, want in zip(formula, wanted, strict=True)
+        ), *nothing
+    if any(want and not need for want, need in zip(wanted, need_grad, strict=True)):
+        # Traced without a gradient in sight, such as an exported evaluation that is now trained: compute it here.
+        _, *gradients = linear_masked_loss(*tensors, *options, list(wanted), backend)
+    return *(_scaled(g, grad_loss) if want else None for g, want in zip(gradients, wanted, strict=True)), *nothing
+
+
+def _differentiable_linear_loss(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight, bias, target, mask, *options, _, _ = rest
+    target = _fixed_target(target, options[4])
+    loss = reference_loss.differentiable_linear_loss(hidden, weight, bias, target, mask, *options)
+    return loss, *(hidden.new_empty(0) for _ in range(4))
+
+
 # FLOPs: what torch counts for its own attention, dense, less what a band excludes. Everything else that a mask excludes
 # depends on the values of tensors, which a formula does not see: an upper bound.
 
@@ -913,6 +973,12 @@ def _derivative_flops(query: int, band: int, shared: bool, of_dim: int, of_dim_v
     return flops
 
 
+def _linear_loss_flops(hidden: Any, weight: Any, *rest: Any, **kwargs: Any) -> int:
+    # The dense products, as of torch's linear: which tokens count is in the values of the mask.
+    need_grad = rest[9]
+    return 2 * hidden[0] * hidden[1] * weight[0] * weight[1] * (1 + need_grad[0] + need_grad[1])
+
+
 # Autocast: attention runs in the autocast dtype, with lse in its own; the losses run in float32, as torch's do. Inside
 # an operator nothing is cast again, nor in a backward that runs within the region.
 
@@ -958,6 +1024,7 @@ _KERNELS: dict[str, tuple[Callable, Callable]] = {  # the kernel and its fake
     "mask_tiles": (_mask_tiles, _mask_tiles_fake),
     "masked_loss": (_masked_loss, _masked_loss_fake),
     "masked_loss_backward": (_masked_loss_backward, _masked_loss_backward_fake),
+    "linear_masked_loss": (_linear_masked_loss, _linear_masked_loss_fake),
     "additive_attention": (_additive_attention, _additive_attention_fake),
     "additive_attention_backward": (_additive_attention_backward, _additive_attention_backward_fake),
 }
@@ -973,6 +1040,7 @@ _AUTOGRAD: dict[str, tuple[Callable, Callable]] = {  # the backward and what it 
     **{name: (_refuse_third_derivative(name), _save_nothing) for name in _LAST},
     "masked_loss": (_masked_loss_gradients, _masked_loss_setup),
     "masked_loss_backward": (_masked_loss_backward_gradients, _masked_loss_backward_setup),
+    "linear_masked_loss": (_linear_masked_loss_gradients, _linear_masked_loss_setup),
     "additive_attention": (_additive_attention_gradients, _save_inputs_and_output),
     "additive_attention_backward": (_additive_attention_backward_gradients, _save_inputs),
 }
@@ -992,6 +1060,7 @@ _AUTOCAST: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {  # what is 
     "attention_packed": ((0, 1), None),
     "attention_weights": ((0, 1, 3), None),
     "masked_loss": ((0, 1), torch.float32),
+    "linear_masked_loss": ((0, 1, 2), None),  # the target stays as it is, and gives the dtype of the loss
     "additive_attention": ((0, 1, 2), None),  # the score weight may stay in float32
     **{name: ((), None) for name in SCHEMAS if name.endswith(("_backward", "_jvp"))},
 }
@@ -1010,6 +1079,7 @@ _FLOPS: dict[str, Callable] = {
     "attention_weights_jvp": _derivative_flops(0, 8, True, 3, 0),
     "attention_weights_jvp_jvp": _derivative_flops(0, 12, True, 7, 0),
     "attention_weights_backward_jvp": _derivative_flops(2, 10, True, 7, 0),
+    "linear_masked_loss": _linear_loss_flops,
 }
 
 
@@ -1111,6 +1181,7 @@ _VMAP_RULES: dict[str, Callable[[str], Callable]] = {
     "mask_tiles": lambda name: _mask_tiles_rule,
     "masked_loss": _each_sample_rule,
     "masked_loss_backward": _each_sample_rule,
+    "linear_masked_loss": _each_sample_rule,
     "additive_attention": _each_sample_rule,
     "additive_attention_backward": _each_sample_rule,
 }
@@ -1377,3 +1448,4 @@ additive_attention = _call("additive_attention", 4, differentiable=_differentiab
 additive_attention_backward = _call(
     "additive_attention_backward", 8, anchor=2, differentiable=_differentiable_additive_backward
 )
+linear_masked_loss = _call("linear_masked_loss", 4, differentiable=_differentiable_linear_loss)

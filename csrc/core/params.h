@@ -166,4 +166,32 @@ struct AdditiveAttentionBackwardParams : AdditiveAttentionParams {
   TensorRef grad_score_weight;   // [A] contiguous, of the dtype of score_weight
 };
 
+// Masked reconstruction loss of a linear prediction: input = hidden weight^T + bias, at the counted tokens alone. Two layouts of
+// the target, feature f of token (b, n):
+//   patch_size = 0: target [B, N, P], mask [B, 1, N];
+//   patch_size > 0: target [B, C, H, W] with P = C p p, feature (c, y, x) in this order is pixel (y, x) of channel c of the patch;
+//                   mask [B, H/p, W/p], whose cells in row order are the tokens.
+struct LinearMaskedLossParams {
+  LossKind kind = LossKind::kL2;
+  Reduction reduction = Reduction::kMaskedMean;  // not kNone
+  double beta = 1.0;             // smooth l1
+  int64_t batch = 0, grid_height = 1, grid_width = 0, dim_in = 0, dim_out = 0;  // N = grid_height * grid_width, E, P
+  int64_t patch_size = 0;
+  TensorRef hidden;              // [B, N, E]; last stride 1
+  TensorRef weight, bias;        // [P, E], [P]; last stride 1, dtype of hidden; bias null when there is none
+  TensorRef target;              // any strides
+  const uint8_t* mask = nullptr;
+  int64_t mask_stride[3] = {0, 0, 0};
+  bool normalize_target = false;           // per token, over its P features; unbiased variance
+  double normalize_eps = 1e-6;
+  TensorRef loss;                // one element of the accumulation dtype
+  // Each null when not wanted; for an upstream gradient of 1, all elements written. Those of weight and bias are contiguous and of
+  // the accumulation dtype (float64 for float64 problems, else float32); last stride 1 in that of hidden.
+  TensorRef grad_hidden, grad_weight, grad_bias, grad_target;
+  int num_threads = 1;           // CPU
+  void* stream = nullptr;        // CUDA: the cudaStream_t to launch on
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+};
+
 }  // namespace fastattn

@@ -30,6 +30,8 @@ struct Kernels {
   void (*additive_attention_forward)(const AdditiveAttentionForwardParams&);
   int64_t (*additive_attention_backward_workspace)(const AdditiveAttentionBackwardParams&);
   void (*additive_attention_backward)(const AdditiveAttentionBackwardParams&);
+  int64_t (*linear_masked_loss_workspace)(const LinearMaskedLossParams&);
+  void (*linear_masked_loss)(const LinearMaskedLossParams&);
 };
 
 #define FASTATTN_LEVEL(level)                                                                                    \
@@ -38,7 +40,8 @@ struct Kernels {
    level::attention_weights, level::attention_weights_backward_workspace, level::attention_weights_backward,     \
    level::mask_tiles, level::masked_loss_workspace, level::masked_loss,                                         \
    level::additive_attention_forward_workspace, level::additive_attention_forward,                               \
-   level::additive_attention_backward_workspace, level::additive_attention_backward}
+   level::additive_attention_backward_workspace, level::additive_attention_backward,              \
+   level::linear_masked_loss_workspace, level::linear_masked_loss}
 
 [[maybe_unused]] bool supports_baseline() { return true; }
 [[maybe_unused]] bool supports_neon() { return true; }  // part of the AArch64 ABI
@@ -119,5 +122,7 @@ FASTATTN_FORWARD(int64_t, additive_attention_forward_workspace, AdditiveAttentio
 FASTATTN_FORWARD(void, additive_attention_forward, AdditiveAttentionForwardParams)
 FASTATTN_FORWARD(int64_t, additive_attention_backward_workspace, AdditiveAttentionBackwardParams)
 FASTATTN_FORWARD(void, additive_attention_backward, AdditiveAttentionBackwardParams)
+FASTATTN_FORWARD(int64_t, linear_masked_loss_workspace, LinearMaskedLossParams)
+FASTATTN_FORWARD(void, linear_masked_loss, LinearMaskedLossParams)
 
 }  // namespace fastattn::cpu

@@ -32,7 +32,9 @@
   int64_t additive_attention_forward_workspace(const AdditiveAttentionForwardParams&);       \
   void additive_attention_forward(const AdditiveAttentionForwardParams&);                    \
   int64_t additive_attention_backward_workspace(const AdditiveAttentionBackwardParams&);     \
-  void additive_attention_backward(const AdditiveAttentionBackwardParams&);
+  void additive_attention_backward(const AdditiveAttentionBackwardParams&);                  \
+  int64_t linear_masked_loss_workspace(const LinearMaskedLossParams&);                       \
+  void linear_masked_loss(const LinearMaskedLossParams&);
 
 namespace fastattn::cpu {
 

@@ -8,9 +8,8 @@
 // does not depend on the threads. Elements that lie side by side are read and their gradient is written in place; others,
 // and those under a mask of elements that is neither 0 nor 1 all along, pass through kChunk elements (2 KB of float) in L1.
 // Bound by memory: bytes of input + target of the counted elements, + the gradient of all.
-#include <cmath>
-
 #include "bytes.h"
+#include "loss_terms.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -127,53 +126,7 @@ static int64_t count_elements(const Lines& lines, int num_threads) {
   return count * repeat;
 }
 
-// ---- the loss of one difference d = input - target ----
-
-template <typename T>
-struct Constants {
-  T beta, inverse_beta;
-  T scale;  // of the gradient
-};
-
-// Lanes of a comparison are -1 or 0. sign(NaN) = 0, as in torch.
-template <typename T>
-FASTATTN_INLINE Vec<T> sign(Vec<T> d) {
-  return (d > zero<T>() ? broadcast(T(1)) : zero<T>()) - (d < zero<T>() ? broadcast(T(1)) : zero<T>());
-}
-template <typename T>
-FASTATTN_INLINE Vec<T> absolute(Vec<T> d) {
-  return d < zero<T>() ? -d : d;
-}
-
-template <LossKind kKind, typename T>
-FASTATTN_INLINE Vec<T> value(Vec<T> d, const Constants<T>& c) {
-  if constexpr (kKind == LossKind::kL2) return d * d;
-  const Vec<T> size = absolute<T>(d);
-  if constexpr (kKind == LossKind::kL1) return size;
-  return size < c.beta ? d * d * (T(0.5) * c.inverse_beta) : size - T(0.5) * c.beta;
-}
-
-template <LossKind kKind, typename T>
-FASTATTN_INLINE Vec<T> slope(Vec<T> d, const Constants<T>& c) {
-  if constexpr (kKind == LossKind::kL2) return d + d;
-  if constexpr (kKind == LossKind::kL1) return sign<T>(d);
-  return absolute<T>(d) < c.beta ? d * c.inverse_beta : sign<T>(d);
-}
-
 // ---- chunks: up to kChunk elements in L1 ----
-
-template <typename T>
-FASTATTN_INLINE Vec<T> load_up_to(const T* p, int64_t n) {
-  if (n >= kWidth<T>) return load(p);
-  Vec<T> v{};
-  std::memcpy(&v, p, n * sizeof(T));
-  return v;
-}
-template <typename T>
-FASTATTN_INLINE void store_up_to(T* p, Vec<T> v, int64_t n) {
-  if (n >= kWidth<T>) store(p, v);
-  else std::memcpy(p, &v, n * sizeof(T));
-}
 
 // Elements in the type they are stored in.
 template <DType kType>
@@ -363,43 +316,11 @@ static void fill_zero(const TensorRef& tensor, int64_t offset, int64_t n) {
 
 // ---- lines ----
 
-// Sum over `rows` rows of n elements of x - high - low, or of its square.
-template <typename T>
-static double sum_deviations(const T* x, int64_t stride, int64_t rows, int64_t n, T high, T low, bool squares) {
-  constexpr int W = kWidth<T>;
-  constexpr int64_t kBlock = 16 * W;
-  double total = 0;
-  Vec<T> block_sum = zero<T>();
-  int64_t pending = 0;
-  for (int64_t r = 0; r < rows; ++r, x += stride) {
-    for (int64_t k0 = 0; k0 < n; k0 += kBlock) {
-      const int64_t end = min64(n, k0 + kBlock);
-      for (int64_t k = k0; k < end; k += W) {
-        Vec<T> d = load_up_to(x + k, end - k) - high - low;
-        if (end - k < W) d = lanes_of<T>(bits_before(end, k)) ? d : zero<T>();
-        block_sum += squares ? d * d : d;
-      }
-      pending += (end - k0 + W - 1) / W * W;  // short runs take a whole addition too
-      if (pending < kBlock) continue;
-      total += sum(block_sum);
-      block_sum = zero<T>();
-      pending = 0;
-    }
-  }
-  return total + sum(block_sum);
-}
-
-// x = (x - mean) / sqrt(variance + eps) over `rows` rows of n elements. Deviations are taken from the first element, then from
-// the mean as the sum of two numbers: a spread that is small beside the mean keeps its digits.
 template <typename T>
 static void normalize(T* x, int64_t stride, int64_t rows, int64_t n, double eps) {
-  const double start = static_cast<double>(x[0]), count = static_cast<double>(rows * n);
-  const double mean = start + sum_deviations(x, stride, rows, n, x[0], T(0), false) / count;
-  const T high = static_cast<T>(mean), low = static_cast<T>(mean - static_cast<double>(high));
-  const double squares = sum_deviations(x, stride, rows, n, high, low, true);
-  const T factor = static_cast<T>(1.0 / std::sqrt(squares / (count - 1.0) + eps));
+  const Moments<T> of = moments(x, stride, rows, n, eps);
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = 0; k < n; ++k) x[r * stride + k] = (x[r * stride + k] - high - low) * factor;
+    for (int64_t k = 0; k < n; ++k) x[r * stride + k] = of.normalized(x[r * stride + k]);
 }
 
 // One line: where its first column lies in each tensor, and its row of mask cells.

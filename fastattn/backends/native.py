@@ -652,6 +652,69 @@ class CpuLibrary(Library):
         _run(self._module.AdditiveAttentionBackward(*shared, *refs), query)
         return written
 
+    # Linear head with its masked loss
+
+    def linear_masked_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        mask: Tensor,
+        kind: str,
+        reduction: str,
+        patch_size: int,
+        beta: float,
+        normalize_target: bool,
+        eps: float,
+        need_grad: list[bool],
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """The loss of the prediction hidden weight^T + bias, and its gradients by hidden, weight, bias and target, or
+        None where `need_grad` has False."""
+        self._check_device("hidden", hidden)
+        device, dtype = hidden.device, hidden.dtype
+        _require(hidden.dtype in _DTYPE_CODES and hidden.dim() == 3, "hidden", hidden, "a float tensor (B, N, E)")
+        batch, tokens, dim_in = hidden.shape
+        fits = weight.dim() == 2 and weight.shape[1] == dim_in and weight.dtype == dtype and weight.device == device
+        _require(fits, "weight", weight, "{} (P, {}) on {}", dtype, dim_in, device)
+        dim_out = weight.shape[0]
+        if bias is not None:
+            fits = bias.shape == (dim_out,) and bias.dtype == dtype and bias.device == device
+            _require(fits, "bias", bias, "{} {} on {}", dtype, (dim_out,), device)
+        grid: tuple[int, int] = (1, tokens)
+        shape: tuple[int, ...] = (batch, tokens, dim_out)
+        if patch_size:
+            fits = target.dim() == 4 and target.shape[0] == batch and dim_out == target.shape[1] * patch_size**2
+            fits = fits and target.shape[2] % patch_size == 0 and target.shape[3] % patch_size == 0
+            _require(fits, "target", target, "images ({}, C, H, W) of {} numbers a patch", batch, dim_out)
+            grid = (target.shape[2] // patch_size, target.shape[3] // patch_size)
+            shape = tuple(target.shape)
+            _require(grid[0] * grid[1] == tokens, "target", target, "images of {} patches", tokens)
+        # Of the compute type where hidden is float64; a float32 target of a bfloat16 head is one under autocast.
+        of_dtype = target.dtype in _DTYPE_CODES and (target.dtype == torch.float64) <= (dtype == torch.float64)
+        fits = target.shape == shape and of_dtype and target.device == device
+        _require(fits, "target", target, "{} {} on {}", dtype, shape, device)
+        fits = mask.shape == (batch, *grid) and mask.dtype == torch.bool and mask.device == device
+        _require(fits, "mask", mask, "bool {} on {}", (batch, *grid), device)
+        accumulation = _accumulation_dtype(dtype)
+        loss = hidden.new_empty((), dtype=accumulation)
+        grad_hidden = hidden.new_empty(hidden.shape) if need_grad[0] else None
+        grad_weight = hidden.new_empty(weight.shape, dtype=accumulation) if need_grad[1] else None
+        grad_bias = hidden.new_empty((dim_out,), dtype=accumulation) if bias is not None and need_grad[2] else None
+        grad_target = target.new_empty(shape) if need_grad[3] else None
+        # Locals, since the launch holds their addresses alone.
+        rows, matrix = _unit_stride(hidden), _unit_stride(weight)
+        vector = None if bias is None else _unit_stride(bias)
+        launch = self._module.LinearMaskedLoss(
+            *(_KINDS[kind], _REDUCTIONS[reduction], beta, (batch, *grid, dim_in, dim_out), patch_size),
+            *(_ref(rows), _ref(matrix), _ref(vector), _ref(target), _ref(mask), normalize_target, eps),
+            *(_ref(x) for x in (loss, grad_hidden, grad_weight, grad_bias, grad_target)),
+            self._executor(),
+        )
+        _run(launch, hidden)
+        grad_weight, grad_bias = (None if x is None else x.to(dtype) for x in (grad_weight, grad_bias))
+        return loss.to(target.dtype), grad_hidden, grad_weight, grad_bias, grad_target
+
     # The rules of csrc/core, for the tests that compare every implementation of them
 
     def mask_elements(self, mask: KernelMask, B: int, H: int, L: int, S: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastattn import tiles
-from fastattn.backends.reference_loss import masked_loss, masked_loss_backward_none
+from fastattn.backends.reference_loss import linear_masked_loss, masked_loss, masked_loss_backward_none
 from fastattn.masks import KernelMask
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "attention_weights_backward",
     "expand",
     "expand_range",
+    "linear_masked_loss",
     "mask_tiles",
     "masked_loss",
     "masked_loss_backward_none",

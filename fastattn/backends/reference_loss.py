@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -201,3 +202,122 @@ def times_curvature(
         difference, _ = _difference(input, target, mask, patch_size, normalize_target, eps)
         curved, curvature = counted & (difference.abs() < beta), 1 / beta
     return (x.to(dtype) * (_scale(counted, x, reduction, dtype) * curvature)).where(curved, 0).to(x.dtype)
+
+
+# The linear head with its loss. target: tokens (B, N, P), or with patch_size > 0 images (B, C, H, W) whose patches are
+# the tokens: P = C p p, feature (c, y, x) in this order is pixel (y, x) of channel c. mask: (B, 1, N), or the patch
+# grid (B, H/p, W/p). It too is made of torch's own differentiable functions.
+
+
+def _tokens(target: Tensor, patch_size: int) -> Tensor:
+    """The target as tokens (B, N, P)."""
+    if not patch_size:
+        return target
+    # (B, C, H/p, p, W/p, p) -> (B, H/p, W/p, C, p, p)
+    grid = target.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def _from_tokens(tokens: Tensor, target: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `_tokens`, in the shape of `target`."""
+    if not patch_size:
+        return tokens
+    _, channels, height, width = target.shape
+    rows, columns = height // patch_size, width // patch_size
+    grid = tokens.unflatten(2, (channels, patch_size, patch_size)).unflatten(1, (rows, columns))
+    return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def _head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    patch_size: int,
+    normalize_target: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """prediction - target (B, N, P) where it counts and 0 elsewhere, which elements count, and hidden and weight as the
+    products take them."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    counted = mask.flatten(1).unsqueeze(-1)
+    hidden, weight = hidden.to(dtype).where(counted, 0), weight.to(dtype)
+    prediction = F.linear(hidden, weight, None if bias is None else bias.to(dtype))
+    difference, elements = _difference(prediction, _tokens(target, patch_size), counted, 0, normalize_target, eps)
+    return difference, elements, hidden, weight
+
+
+def linear_masked_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+    need_grad: list[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The loss of the prediction hidden weight^T + bias, and its gradients by hidden, weight, bias and target, each
+    contiguous, or None where `need_grad` has False. `reduction` is not "none".
+
+    hidden: (B, N, E). weight: (P, E). bias: (P,). The loss has the dtype of `target`.
+    """
+    options = kind, reduction, patch_size, beta, normalize_target, eps
+    loss = differentiable_linear_loss(hidden, weight, bias, target, mask, *options)
+    if not any(need_grad):
+        return loss, None, None, None, None
+    gradients = differentiable_linear_gradients(hidden, weight, bias, target, mask, *options)
+    of_hidden, of_weight, of_bias, of_target = (
+        gradient.contiguous() if need and gradient is not None else None
+        for gradient, need in zip(gradients, need_grad, strict=True)
+    )
+    return loss, of_hidden, of_weight, of_bias, of_target
+
+
+def differentiable_linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> Tensor:
+    """The loss of `linear_masked_loss`, for torch to differentiate."""
+    difference, counted, _, _ = _head(hidden, weight, bias, target, mask, patch_size, normalize_target, eps)
+    value = _value(difference, kind, beta)
+    scale = _scale(counted, difference, reduction, value.dtype)
+    return (value.sum(dtype=torch.float64) * scale).to(target.dtype)
+
+
+def differentiable_linear_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    kind: str,
+    reduction: str,
+    patch_size: int,
+    beta: float,
+    normalize_target: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of `linear_masked_loss` by hidden, weight, bias and target, for torch to differentiate."""
+    difference, counted, rows, matrix = _head(hidden, weight, bias, target, mask, patch_size, normalize_target, eps)
+    slopes = _slope(difference, kind, beta) * _scale(counted, difference, reduction, difference.dtype)  # (B, N, P)
+    return (
+        (slopes @ matrix).to(hidden.dtype),
+        (slopes.flatten(0, 1).T @ rows.flatten(0, 1)).to(weight.dtype),
+        None if bias is None else slopes.sum((0, 1)).to(bias.dtype),
+        _from_tokens(-slopes, target, patch_size).to(target.dtype),
+    )
