@@ -29,9 +29,8 @@ GPU_DTYPES = KERNEL_DTYPES[:3]
 class Problem(NamedTuple):
     """What a backend has to know to tell whether it can run."""
 
-    operation: (
-        str  # "attention", "attention_weights", "mask_tiles", "masked_loss", "linear_masked_loss", "additive_attention"
-    )
+    # "attention", "attention_weights", "mask_tiles", "masked_loss", "linear_masked_loss", "additive_attention"
+    operation: str
     device: str  # the type, such as "cpu"
     dtype: torch.dtype
     head_dim: int = 0  # the larger of D and Dv; 0 where there are no heads
@@ -237,6 +236,12 @@ def select(problem: Problem, backend: str | None = None) -> str:
     if reasons:
         raise RuntimeError(f"backend {name!r} cannot run this {problem.operation}: {'; '.join(reasons)}")
     return name
+
+
+def has_kernel(problem: Problem) -> bool:
+    """Whether `select`, with no backend named, answers with a kernel and not with the reference, and does not raise."""
+    names = preference(problem) if _requested is None else (_check_name(_requested),)
+    return any(name != "reference" and not BACKENDS[name].why_not(problem) for name in names)
 
 
 def chooses_cpu() -> bool:

@@ -274,6 +274,19 @@ def _linear_masked_loss(
     )[0]
 
 
+def fuses_head(hidden: Tensor) -> bool:
+    """Whether the fused head is the faster one on tensors like `hidden`: a kernel of it runs, not its plain formula.
+
+    On a CPU not in 16 bits, where torch's linear has instructions that the kernel does not use.
+    """
+    device = hidden.device.type
+    autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    if device == "cpu" and dtype not in (torch.float32, torch.float64):
+        return False
+    return dispatch.has_kernel(Problem("linear_masked_loss", device, dtype))
+
+
 def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, mask: Tensor) -> torch.dtype:
     """Checks types, dtypes and devices; returns the dtype that the operator will see."""
     head = {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})

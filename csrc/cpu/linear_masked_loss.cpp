@@ -219,8 +219,13 @@ struct Head {
   static const T* sum_rows(const T* rows, int count, T* to) {
     constexpr int W = kWidth<T>;
     for (int k = 0; k < kFeatures; k += W) {
+      // In two steps: a rounding error grows with the length of the chain.
       Vec<T> total = zero<T>();
-      for (int r = 0; r < count; ++r) total += load(rows + r * kFeatures + k);
+      for (int r0 = 0; r0 < count; r0 += 16) {
+        Vec<T> part = zero<T>();
+        for (int r = r0; r < r0 + 16 && r < count; ++r) part += load(rows + r * kFeatures + k);
+        total += part;
+      }
       store(to + k, total);
     }
     return to;

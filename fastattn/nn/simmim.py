@@ -13,13 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastattn.losses import masked_l1_loss, masked_mse_loss, masked_smooth_l1_loss
+from fastattn.losses import (
+    fuses_head,
+    linear_masked_l1_loss,
+    linear_masked_mse_loss,
+    linear_masked_smooth_l1_loss,
+    masked_l1_loss,
+    masked_mse_loss,
+    masked_smooth_l1_loss,
+)
 
 LossFunction = Callable[..., Tensor]
 LOSSES: dict[str, LossFunction] = {
     "l1": masked_l1_loss,
     "l2": masked_mse_loss,
     "smooth_l1": masked_smooth_l1_loss,
+}
+_FUSED_LOSSES: dict[str, LossFunction] = {
+    "l1": linear_masked_l1_loss,
+    "l2": linear_masked_mse_loss,
+    "smooth_l1": linear_masked_smooth_l1_loss,
 }
 
 
@@ -187,7 +200,14 @@ class SimMIM(nn.Module):
         patches; drawn from `patch_mask`, with `generator`, when None.
         """
         mask = self._model_mask(images, mask, generator)
-        prediction = self._predict(images, mask)
+        features = self._features(images, mask)
+        if isinstance(self.loss, str) and self._is_plain_head() and fuses_head(features):
+            return _FUSED_LOSSES[self.loss](
+                *(features, self.head.weight, self.head.bias, images, mask),
+                patch_size=self.patch_size,
+                normalize_target=self.normalize_target,
+            )
+        prediction = self._pixels(features, images)
         if not isinstance(self.loss, str):
             return self.loss(prediction, images, mask, patch_size=self.patch_size)
         return LOSSES[self.loss](
@@ -202,7 +222,7 @@ class SimMIM(nn.Module):
         the mask bool (B, 1, H, W). With `normalize_target`, predictions are put back into the range of the images.
         """
         mask = self._model_mask(images, mask, generator)
-        prediction = self._predict(images, mask)
+        prediction = self._pixels(self._features(images, mask), images)
         if self.normalize_target:
             target = F.pixel_unshuffle(images, self.patch_size)  # (B, C p², H/p, W/p)
             variance, mean = torch.var_mean(target, dim=1, keepdim=True)
@@ -237,11 +257,24 @@ class SimMIM(nn.Module):
             )
         return _repeat(mask, times)
 
-    def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Predicted pixels (B, C, H, W)."""
+    def _is_plain_head(self) -> bool:
+        """Whether the head is a linear layer, watched and replaced by nobody, and predicts the patches of the mask."""
+        head = self.head
+        return (
+            self.output_patch_size == self.patch_size
+            and type(head) is nn.Linear
+            and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
+        )
+
+    def _features(self, images: Tensor, mask: Tensor) -> Tensor:
+        """What the head predicts from, (B, N', E')."""
         tokens = self.encoder.patch_embed(images)  # (B, N, E)
         tokens = torch.where(mask.flatten(1).unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        pixels = self.head(self.encoder.forward_tokens(tokens))  # (B, N', C q²)
+        return self.encoder.forward_tokens(tokens)
+
+    def _pixels(self, features: Tensor, images: Tensor) -> Tensor:
+        """Predicted pixels (B, C, H, W)."""
+        pixels = self.head(features)  # (B, N', C q²)
         # As pixel_shuffle, which would hand the layout of the tokens on; the loss reads images row by row.
         side = self.output_patch_size
         grid = (images.shape[2] // side, images.shape[3] // side)

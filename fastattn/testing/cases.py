@@ -185,6 +185,32 @@ class LossCase:
         return text
 
 
+@dataclass(frozen=True)
+class LinearLossCase:
+    """A prediction head fused with its loss. `loss` says how the target looks (never layout "element") and what is done
+    with it; its `shape` is that of the target."""
+
+    loss: LossCase
+    dim_in: int = 8
+    bias: bool = True
+
+    @property
+    def index(self) -> int:
+        return self.loss.index
+
+    @property
+    def tokens(self) -> tuple[int, int, int]:
+        """(B, N, P) of the predictions."""
+        if self.loss.layout == "token":
+            batch, tokens, size = self.loss.shape
+            return batch, tokens, size
+        batch, rows, columns = self.loss.mask_shape
+        return batch, rows * columns, self.loss.shape[1] * (self.loss.patch_size or 1) ** 2
+
+    def __str__(self) -> str:
+        return f"linear from {self.dim_in}{'' if self.bias else ' without bias'} {self.loss}"
+
+
 @dataclass
 class Problem:
     """The tensors of a case. `buffers` are the storages the inputs were carved from, to see whether anything wrote."""
@@ -302,6 +328,17 @@ def random_loss_case(seed: int, index: int, dtype: torch.dtype | None = None, sm
         density=rng.choice((0.6, 0.6, 0.3, 1.0, 0.0)),
         channels_last=layout == "image" and rng.random() < 0.3,
     )
+
+
+def random_linear_loss_case(
+    seed: int, index: int, dtype: torch.dtype | None = None, small: bool = False
+) -> LinearLossCase:
+    rng = random.Random(f"linear loss {seed} {index}")
+    # Of every three cases of the losses the last has a mask of elements.
+    loss = random_loss_case(seed + 11_000_003, index // 2 * 3 + index % 2, dtype, small)
+    reduction = "masked_mean" if loss.reduction == "none" else loss.reduction
+    dim_in = rng.choice((1, 7, 48, 65, 192))
+    return LinearLossCase(replace(loss, index=index, reduction=reduction), dim_in, bias=rng.random() < 0.8)
 
 
 _DTYPE_BAG = (torch.float32,) * 4 + (torch.bfloat16,) * 2 + (torch.float16,) * 2 + (torch.float64,)

@@ -27,8 +27,26 @@ import torch
 from torch import Tensor
 
 from fastattn.testing.adapters import REFUSALS, TENSOR_CORE_BACKENDS, Target, Unsupported, mask_of
-from fastattn.testing.cases import AdditiveCase, Case, LossCase, Problem, WeightsCase, build_problem, carve, dtype_name
-from fastattn.testing.compare import additive_peer, compare, eager_loss_peer, open_empty_rows, sdpa_peer, weights_peer
+from fastattn.testing.cases import (
+    AdditiveCase,
+    Case,
+    LinearLossCase,
+    LossCase,
+    Problem,
+    WeightsCase,
+    build_problem,
+    carve,
+    dtype_name,
+)
+from fastattn.testing.compare import (
+    additive_peer,
+    compare,
+    eager_linear_loss_peer,
+    eager_loss_peer,
+    open_empty_rows,
+    sdpa_peer,
+    weights_peer,
+)
 from fastattn.testing.oracle import (
     Expected,
     additive_oracle,
@@ -37,6 +55,7 @@ from fastattn.testing.oracle import (
     attention_oracle,
     counted_elements,
     dropout_keep,
+    linear_loss_oracle,
     loss_oracle,
     weights_oracle,
 )
@@ -577,5 +596,67 @@ def check_loss(backend: str, case: LossCase, device: str = "cpu") -> list[Check]
         poisoned, _ = run(NAN, NAN, hidden=NAN)
         different = _differences(seen, poisoned)
         detail = f"NaN in elements that do not count changed {different}" if different else ""
+        checks.append(Check("leak", FAIL if different else PASS, detail))
+    return checks
+
+
+def check_linear_loss(backend: str, case: LinearLossCase, device: str = "cpu") -> list[Check]:
+    """A prediction head fused with its loss of one of our backends, with its gradients."""
+    loss_case = case.loss
+    function = getattr(importlib.import_module("fastattn"), f"linear_{LOSS_FUNCTIONS[loss_case.kind]}")
+    generator = torch.Generator().manual_seed(loss_case.seed * 1_000_003 + case.index)
+    batch, tokens, size = case.tokens
+    shapes = (batch, tokens, case.dim_in), (size, case.dim_in), (size,), loss_case.shape
+    hidden, weight, bias, target = (torch.randn(shape, generator=generator).to(loss_case.dtype) for shape in shapes)
+    weight = weight / case.dim_in**0.5
+    mask = torch.rand(loss_case.mask_shape, generator=generator) < loss_case.density
+    upstream = torch.ones(()) if case.index % 2 else torch.randn((), generator=generator)
+    upstream = upstream.to(loss_case.dtype)
+    given = {"hidden": hidden, "weight": weight, **({"bias": bias} if case.bias else {}), "target": target}
+
+    def run(guard: float, fill: float, uncounted: float | None = None) -> tuple[dict[str, Tensor], bool]:
+        """`uncounted` replaces hidden and target where they do not count."""
+        data = dict(given)
+        if uncounted is not None:
+            counted = mask.flatten(1).unsqueeze(-1)
+            data["hidden"] = torch.where(counted, hidden, uncounted)
+            data["target"] = torch.where(counted_elements(loss_case, mask), target, uncounted)
+        carved = {name: carve(x, "contiguous", guard) for name, x in data.items()}
+        carved_mask = carve(mask, "contiguous", guard)
+        buffers = [buffer for _, buffer in (*carved.values(), carved_mask)]
+        before = [buffer.clone() for buffer in buffers]
+        leaves = {name: view.to(device).detach().requires_grad_() for name, (view, _) in carved.items()}
+        options: dict[str, Any] = {"beta": loss_case.beta} if loss_case.kind == "smooth_l1" else {}
+        if loss_case.normalize_target:
+            options |= {"normalize_target": True, "eps": LOSS_EPS}
+            leaves["target"] = leaves["target"].detach()
+        with poisoned_buffers(fill):
+            loss = function(
+                *(leaves["hidden"], leaves["weight"], leaves.get("bias"), leaves["target"], carved_mask[0].to(device)),
+                patch_size=loss_case.patch_size,
+                reduction=loss_case.reduction,
+                backend=backend,
+                **options,
+            )
+            wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+            gradients = torch.autograd.grad(loss, list(wanted.values()), upstream.to(device))
+        written = any(not same_bits(b, buffer) for b, buffer in zip(before, buffers, strict=True))
+        return {"loss": loss.detach(), **{f"d{n}": g for n, g in zip(wanted, gradients, strict=True)}}, written
+
+    seen, written = run(NAN, NAN)
+    arguments = case, hidden, weight, bias if case.bias else None, target, mask, LOSS_EPS, upstream
+    expected = linear_loss_oracle(*arguments)
+    peer = eager_linear_loss_peer(*arguments) if target.numel() else {}
+    checks = [_compare(name, seen[name], expected, peer, loss_case.dtype) for name in expected.values]
+    checks.append(Check("inputs", FAIL if written else PASS, "an input tensor was written" if written else ""))
+    again, _ = run(OTHER_GUARD, 1.0)
+    different = _differences(seen, again)
+    checks.append(
+        Check("determinism", FAIL if different else PASS, f"a second run differs in {different}" if different else "")
+    )
+    if not bool(mask.all()) and target.numel():
+        poisoned, _ = run(NAN, NAN, uncounted=NAN)
+        different = _differences(seen, poisoned)
+        detail = f"NaN in tokens that do not count changed {different}" if different else ""
         checks.append(Check("leak", FAIL if different else PASS, detail))
     return checks

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.testing.cases import LossCase, Problem
-from fastattn.testing.oracle import arithmetic_dtype, counted_elements
+from fastattn.testing.cases import LinearLossCase, LossCase, Problem
+from fastattn.testing.oracle import arithmetic_dtype, counted_elements, from_tokens
 
 PEER_FACTOR = 1.5
 # A sound kernel's errors stay within about one noise unit of an element; summation over a few hundred terms in another
@@ -307,3 +307,21 @@ def eager_loss_peer(
     if not case.normalize_target:
         results["dtarget"] = gradients[1]
     return results
+
+
+def eager_linear_loss_peer(
+    case: LinearLossCase,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    eps: float,
+    upstream: Tensor,
+) -> dict[str, Tensor]:
+    """torch's linear over all tokens, then the masked loss as its authors write it, in the arithmetic dtype."""
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight, *([] if bias is None else [bias]))]
+    prediction = from_tokens(case, F.linear(*(x.to(arithmetic_dtype(case.loss.dtype)) for x in leaves)))
+    results = eager_loss_peer(case.loss, prediction.detach(), target, mask, eps, upstream)
+    gradients = torch.autograd.grad(prediction, leaves, results.pop("dinput"))
+    return {**results, **dict(zip(("dhidden", "dweight", "dbias"), gradients, strict=False))}

@@ -24,12 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.testing.cases import LossCase, Problem, Term
+from fastattn.testing.cases import LinearLossCase, LossCase, Problem, Term
 
 # A float32 exp2 by a short polynomial has a relative error of a few units (degree 5: 2.1e-7, which is 3.5 u).
 EXP_ULPS = 4.0
@@ -453,9 +454,18 @@ def counted_elements(case: LossCase, mask: Tensor) -> Tensor:
     return mask.expand(case.shape)
 
 
-def loss_oracle(case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps: float, upstream: Tensor) -> Expected:
+def loss_oracle(
+    case: LossCase,
+    input: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    eps: float,
+    upstream: Tensor,
+    input_size: Tensor | None = None,
+) -> Expected:
     """Expected loss (float64) and gradients to input and, without normalisation, to target. `eps` is added to the
-    variance of a normalised target; `upstream` is the gradient of the loss."""
+    variance of a normalised target; `upstream` is the gradient of the loss; `input_size` is the size of what was added
+    up to make the input, where it is a sum."""
     x = input.detach().double().requires_grad_()
     t = target.detach().double().requires_grad_()
     counted = counted_elements(case, mask)
@@ -475,7 +485,7 @@ def loss_oracle(case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps
         u = unit_roundoff(arithmetic_dtype(case.dtype))
         difference = x - goal
         # The difference is off by u times the sizes that were subtracted, and by whatever normalising cost.
-        off = u * (x.abs() + goal_size)
+        off = u * ((x.abs() if input_size is None else input_size) + goal_size)
         slope = torch.where(
             counted, _loss_slope(case, difference) + off * (2.0 if case.kind == "l2" else 1 / case.beta), 0.0
         )
@@ -499,6 +509,57 @@ def loss_oracle(case: LossCase, input: Tensor, target: Tensor, mask: Tensor, eps
         for name in ("dinput", "dtarget"):
             if name in values:
                 noise[name] = stores * _store(values[name], case.dtype) + 4 * u * values[name].abs() + size
+    return expected
+
+
+def from_tokens(case: LinearLossCase, tokens: Tensor) -> Tensor:
+    """Predictions (B, N, P) in the shape of the target."""
+    p = case.loss.patch_size
+    if p is None or not tokens.shape[0]:
+        return tokens.reshape(case.loss.shape)
+    return F.fold(tokens.transpose(1, 2), case.loss.shape[-2:], p, stride=p)
+
+
+def _to_tokens(case: LinearLossCase, images: Tensor) -> Tensor:
+    p = case.loss.patch_size
+    if p is None or not images.shape[0]:
+        return images.reshape(case.tokens)
+    return F.unfold(images, p, stride=p).transpose(1, 2)
+
+
+def linear_loss_oracle(
+    case: LinearLossCase,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    mask: Tensor,
+    eps: float,
+    upstream: Tensor,
+) -> Expected:
+    """Expected loss (float64) of a linear prediction, and gradients to hidden, weight, bias and, without normalisation,
+    to target."""
+    h, w = hidden.detach().double(), weight.detach().double()
+    b = torch.zeros(len(w), dtype=torch.float64) if bias is None else bias.detach().double()
+    prediction, size = from_tokens(case, F.linear(h, w, b)), from_tokens(case, F.linear(h.abs(), w.abs(), b.abs()))
+    given = target, mask, eps, upstream, size
+    expected = loss_oracle(case.loss, prediction, *given)
+    # The slopes, which are never stored: in the arithmetic dtype.
+    inner = loss_oracle(replace(case.loss, dtype=arithmetic_dtype(case.loss.dtype)), prediction, *given)
+    slopes, off = (_to_tokens(case, x["dinput"]).flatten(0, 1) for x in (inner.values, inner.noise))
+    del expected.values["dinput"], expected.noise["dinput"]
+    rows = h.flatten(0, 1)
+    u = unit_roundoff(arithmetic_dtype(case.loss.dtype))
+    stores = 1 if bool((upstream == 1).all()) else 2
+    gradients = {
+        "dhidden": ((slopes @ w).view(h.shape), (off @ w.abs()).view(h.shape), (slopes.abs() @ w.abs()).view(h.shape)),
+        "dweight": (slopes.T @ rows, off.T @ rows.abs(), slopes.abs().T @ rows.abs()),
+        "dbias": (slopes.sum(0), off.sum(0), slopes.abs().sum(0)),
+    }
+    for name, (value, from_slopes, added) in gradients.items():
+        if name != "dbias" or bias is not None:
+            expected.values[name] = value
+            expected.noise[name] = stores * _store(value, case.loss.dtype) + from_slopes + 2 * u * added
     return expected
 
 

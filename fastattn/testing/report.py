@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastattn.testing.cases import AdditiveCase, Case, LossCase, WeightsCase
+from fastattn.testing.cases import AdditiveCase, Case, LinearLossCase, LossCase, WeightsCase
 from fastattn.testing.checks import FAIL, NOTE, PASS, UNSUPPORTED, Check
 
 STYLES = {PASS: "green", FAIL: "bold red", NOTE: "yellow", UNSUPPORTED: "cyan"}
@@ -22,7 +22,7 @@ MAX_LISTED = 20
 class CaseResult:
     """The checks of one case; `command` runs it again alone."""
 
-    case: Case | WeightsCase | AdditiveCase | LossCase
+    case: Case | WeightsCase | AdditiveCase | LossCase | LinearLossCase
     label: str
     checks: list[Check]
     command: str

@@ -13,19 +13,29 @@ from fastattn.testing.adapters import Target, foreign_target, own_target
 from fastattn.testing.cases import (
     AdditiveCase,
     Case,
+    LinearLossCase,
     LossCase,
     WeightsCase,
     dtype_name,
     random_additive_case,
     random_case,
+    random_linear_loss_case,
     random_loss_case,
     random_weights_case,
 )
-from fastattn.testing.checks import FAIL, Check, check_additive, check_attention, check_loss, check_weights
+from fastattn.testing.checks import (
+    FAIL,
+    Check,
+    check_additive,
+    check_attention,
+    check_linear_loss,
+    check_loss,
+    check_weights,
+)
 from fastattn.testing.report import CaseResult, Report
 
-_Case = Case | WeightsCase | AdditiveCase | LossCase
-FAMILIES = ("attention", "weights", "additive", "loss")
+_Case = Case | WeightsCase | AdditiveCase | LossCase | LinearLossCase
+FAMILIES = ("attention", "weights", "additive", "loss", "linear")
 
 
 def resolve_target(text: str, signature: str | None = None) -> Target:
@@ -40,7 +50,7 @@ def parse_case(text: str) -> tuple[str, int]:
     family, _, number = text.rpartition(":")
     family = family or "attention"
     if family not in FAMILIES or not number.isdigit():
-        raise ValueError(f"case must be K, weights:K, additive:K or loss:K with K >= 0, got {text!r}")
+        raise ValueError(f"case must be K, weights:K, additive:K, loss:K or linear:K with K >= 0, got {text!r}")
     return family, int(number)
 
 
@@ -63,9 +73,10 @@ def verify(
 
     target: a `Target`, the name of one of our backends, or "module:function" (see `fastattn.testing.adapters`).
     One of our backends also gets n / 5 problems of attention_weights and n / 5 of additive_attention, if it has that,
-    and, unless `loss` is False, n / 2 of the masked losses. case: run only this one ("17", "weights:3", "additive:2",
-    "loss:5"). strict: hold a function with SDPA's signature to our rules on empty rows and leaks, which SDPA does not
-    promise (the default for ours, and for fastattn's signature).
+    and, unless `loss` is False, n / 2 of the masked losses and n / 5 of the head fused with them, if it has that. case:
+    run only this one ("17", "weights:3", "additive:2", "loss:5", "linear:2"). strict: hold a function with SDPA's
+    signature to our rules on empty rows and leaks, which SDPA does not promise (the default for ours, and for
+    fastattn's signature).
     small: bound the attention problems further, for slow targets such as a kernel in an interpreter.
     progress: called after each case with its result and the number of cases.
     """
@@ -99,6 +110,7 @@ def _work(
         "weights": random_weights_case,
         "additive": random_additive_case,
         "loss": random_loss_case,
+        "linear": random_linear_loss_case,
     }
     if case is not None:
         family, index = parse_case(case)
@@ -111,18 +123,19 @@ def _work(
     if target.own:
         for index in range(n // 5):
             yield "weights", random_weights_case(seed, index, dtype, small)
-        for index in range(n // 5 if _has_additive(target, device) else 0):
+        for index in range(n // 5 if _has(target, "additive_attention", device) else 0):
             yield "additive", random_additive_case(seed, index, dtype, small)
         for index in range(n // 2 if loss else 0):
             yield "loss", random_loss_case(seed, index, dtype, small)
+        for index in range(n // 5 if loss and _has(target, "linear_masked_loss", device) else 0):
+            yield "linear", random_linear_loss_case(seed, index, dtype, small)
 
 
-def _has_additive(target: Target, device: str) -> bool:
-    """Whether a backend of ours has kernels of additive attention; not every one has."""
+def _has(target: Target, operation: str, device: str) -> bool:
+    """Whether a backend of ours has the kernels of an operation; not every one has additive attention or the head."""
     if target.name not in dispatch.BACKENDS:
         return False
-    problem = dispatch.Problem("additive_attention", device, torch.float32)
-    return not dispatch.BACKENDS[target.name].why_not(problem)
+    return not dispatch.BACKENDS[target.name].why_not(dispatch.Problem(operation, device, torch.float32))
 
 
 def in_able_dtype(target: Target, problem: _Case, device: str = "cpu") -> _Case:
@@ -130,6 +143,10 @@ def in_able_dtype(target: Target, problem: _Case, device: str = "cpu") -> _Case:
     if not target.own or target.name not in dispatch.BACKENDS:
         return problem
     why_not = dispatch.BACKENDS[target.name].why_not
+    if isinstance(problem, LinearLossCase):
+        loss = in_able_dtype(target, problem.loss, device)
+        assert isinstance(loss, LossCase)
+        return replace(problem, loss=loss)
     dtype = problem.attention.dtype if isinstance(problem, (WeightsCase, AdditiveCase)) else problem.dtype
     wanted, other = (dispatch.Problem("attention", device, each) for each in (dtype, torch.float32))
     if not why_not(wanted) or why_not(other):
@@ -155,6 +172,8 @@ def _check(
             return check_weights(target.name, problem, device)
         if isinstance(problem, AdditiveCase):
             return check_additive(target.name, problem, device)
+        if isinstance(problem, LinearLossCase):
+            return check_linear_loss(target.name, problem, device)
         return check_loss(target.name, problem, device)
     except Exception as error:  # a crash of the target is a finding about this case, and no reason to stop
         return [Check("run", FAIL, f"{type(error).__name__}: {error}")]
