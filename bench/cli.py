@@ -221,13 +221,13 @@ def bench(
         if missing is not None:
             raise click.UsageError(missing)
         plans += suites.model_plans(quick, device)
+    if suite == "scaling" or (suite == "all" and device == "cpu"):
+        plans += scaling.scaling_plans(quick, threads)
     if backward:
         plans = [plan for plan in plans if getattr(plan.case, "backward", False)]
     if suite in ("loss", "all"):
         plans += suites.loss_plans(quick, dtype, backward, device)
 
-    if suite == "scaling" or (suite == "all" and device == "cpu"):
-        plans += scaling.scaling_plans(quick, threads)
     pictures = _pictures(None) if suite in ("simmim", "all") else []
     console = _console()
     environment = recording.environment()

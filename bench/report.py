@@ -148,10 +148,10 @@ def length_scaling(records: Sequence[Record]) -> Figure | None:
             look = {"color": COLOURS[name], "linestyle": MASK_LINES[mask], "marker": "o", "label": f"{name}, {mask}"}
             if mine:
                 times.plot(lengths, [1e3 * t for t in taken], **look)
-                each = [1e12 * t / r["attending_pairs"] for t, r in zip(taken, mine, strict=True)]
+                each = [1e9 * t / r["attending_pairs"] for t, r in zip(taken, mine, strict=True)]
                 pairs.plot(lengths, each, **look)
         times.set(title=f"Time, {step}", ylabel="ms")
-        pairs.set(title=f"Time an attending pair, {step}: flat is in proportion", ylabel="ps")
+        pairs.set(title=f"Time an attending pair, {step}: flat is in proportion", ylabel="ns")
         for axes in (times, pairs):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")

@@ -29,8 +29,9 @@ LEGEND = (
     "time: median (p20 to p80) of a step. useful: FLOP/s over the pairs that may attend; executed: over the tiles that "
     "are run. ÷ sentinel: useful FLOP/s over that of a plain float32 matrix product at the same moment. fastattn is: "
     "how many times faster than this peer, round by round, median (p20 to p80). mask prep.: expanding or packing the "
-    "mask, not part of time. memory: peak beyond inputs and outputs. error: largest error against float64, over the "
-    "largest magnitude. GB/s: counted elements read once, gradient written once. a second: tokens "
+    "mask, not part of time. a pair: time over the pairs that may attend. memory: peak beyond inputs and outputs. "
+    "error: largest error against float64, over the largest magnitude. GB/s: counted elements read once, gradient "
+    "written once. a second: tokens "
     "(padding does not count), pictures, or the tanh of a query, a key and a feature. ~: fewer than 3 samples were "
     "undisturbed, all are used."
 )
@@ -92,13 +93,13 @@ def cell(record: Record, column: str) -> str:
     if column == "useful":
         return rate(record["useful_flops"]) if "useful_flops" in record else ""
     if column == "a pair":
-        return f"{1e12 * time['median_s'] / record['attending_pairs']:.3g} ps"
+        return f"{1e9 * time['median_s'] / record['attending_pairs']:.3g} ns"
     if column == "executed":
         return rate(record["executed_flops"]) if "executed_flops" in record else ""
     if column == "÷ sentinel":
         return f"{record['sentinel_share']:.2f}" if "sentinel_share" in record else ""
     if column == "GB/s":
-        return f"{record['bytes_per_s'] / 1e9:.3g}"
+        return f"{record['bytes_per_s'] / 1e9:.3g}" if "bytes_per_s" in record else ""
     if column == "a second" and "elements_per_s" in record:
         return f"{record['elements_per_s']['median'] / 1e9:.3g} G elements"
     if column == "a second":

@@ -130,7 +130,7 @@ def _plans() -> list[Plan]:
     for backward in (False, True):
         name = f"additive attention, L = S = 512, A = 256, {'forward + backward' if backward else 'forward'}"
         beside = (Target("eager", 8.0), Target("compile", 2.0))
-        additive = AdditiveCase(2, 512, 256, backward=backward)
+        additive = AdditiveCase(1, 512, 256, backward=backward)
         plans.append(_row(name, additive, *beside, *(() if backward else (Target(ELEMENTS, 15e9),))))
     small = (1, 1, 16, 16)
     plans += [
