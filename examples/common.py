@@ -46,7 +46,11 @@ def progress(title: str, steps: int, done: int = 0) -> Iterator[Callable[[str], 
     stderr = Console(stderr=True)
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(title, total=steps, completed=done, words="")
-        yield lambda words="": bar.update(task, advance=1, words=words)
+
+        def advance(words: str) -> None:
+            bar.update(task, advance=1, words=words)
+
+        yield advance
 
 
 def read_text(path: str | Path) -> str:
