@@ -48,8 +48,9 @@ def additive_attention(
     is differentiable. A query that may attend to nothing gets out 0 and lse -inf. Every tensor has its gradient, the
     same bits in every run.
 
-    The weights (B, L, S), for drawing: `additive_attention_weights`. Attention with dot products, and weighted sums:
-    `fastattn.attention`, and the head of fastattn/additive.py.
+    The weights (B, L, S), for drawing: `additive_attention_weights`. Relatives: dot-product attention (Luong et al.
+    2015, "dot") is `fastattn.attention` with scale=1 and one head; weighted-sum attention, or attention pooling (Yang
+    et al. 2016), is this function with one query of zeros; a sum with given weights is `weights @ value`.
 
     Raises ValueError or TypeError for arguments that do not fit together, RuntimeError when `backend` cannot run them.
     """
