@@ -500,6 +500,8 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "CPU kernels of fastattn; called by fastattn/backends/native.py only.";
   module.def("level", level);
   module.def("supported_levels", supported_levels);
+  module.def("advise_huge_pages",
+             [](uintptr_t address, int64_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
   module.def("attention_forward_small", attention_forward_small);
   bind_rules(module);
   bind_additive_attention(module);

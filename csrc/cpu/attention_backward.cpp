@@ -262,6 +262,7 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
   std::memset(s.grad_key, 0, tile_keys * s.ld_k * sizeof(T));
   std::memset(s.grad_value, 0, tile_keys * s.ld_v * sizeof(T));
 
+  const bool alone = plan.batches == 1 && (p.grad_bias.stride[1] || p.heads_q == 1);
   Rows<T> key{nullptr, 0};
   TileMask mask;
   uint64_t kept[kTileM];
@@ -311,7 +312,8 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       const Rows<T> query = tile_rows<T>(p.query, b, h, i0 + top, rows, dim_qk, dead_rows, s.query, s.ld_k);
       const Rows<T> grad_out = tile_rows<T>(p.grad_out, b, h, i0 + top, rows, dim_v, dead_rows, s.grad_out, s.ld_v);
 
-      gemm<Layout::kRows, T>(rows, keys, dim_qk, query.ptr, query.ld, s.key_t + left, kTileN, s.p, kTileN, false);
+      gemm_before_bias<T>(rows, keys, dim_qk, query.ptr, query.ld, s.key_t + left, kTileN, s.p, kTileN,
+                          position ? TensorRef{} : p.bias, b, h, i0 + top, rows, j0 + left, keys);
       gemm<Layout::kRows, T>(rows, keys, dim_v, grad_out.ptr, grad_out.ld, s.value_t + left, kTileN, s.ds, kTileN, false);
 
       const T *const shift = s.shift + g * p.len_q + i0 + top, *const delta = s.delta + g * p.len_q + i0 + top;
@@ -336,7 +338,7 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       else
         softmax_gradient<T, true>(s.p, s.ds, rows, keys, shift, delta, terms);
       if (overwrites)
-        store_bias_gradient(p.grad_bias, b, h, i0, rows, j0, keys, s.ds);
+        store_bias_gradient(p.grad_bias, b, h, i0, rows, j0, keys, s.ds, alone);
       else if (p.grad_bias)
         add_bias_gradient(p.grad_bias, b, h, i0 + top, rows, j0 + left, keys, s.ds);
 
@@ -464,6 +466,7 @@ static void run(const AttentionBackwardParams& p) {
       const ItemGroups groups = item_groups(p, plan, shared.order[n]);
       for (int64_t b = groups.first_batch; b < groups.last_batch; ++b)
         for (int64_t h = groups.first_head; h < groups.last_head; ++h) run_group(p, plan, s, shared, b, h, groups.chunk);
+      finish_streams();
     }
     if (plan.chunks > 1) {
       const int64_t rows = p.batch * p.heads_q * p.len_q, part = rows * s.ld_k;

@@ -188,8 +188,8 @@ template <typename T, typename Prefetch>
 static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, const SubTile<T>& sub, const TilePair<T>& pair,
                           const Prefetch& prefetch) {
   const int ld = sub.padded_rows;
-  gemm<Layout::kRows>(pair.keys, sub.rows, static_cast<int>(p.dim_qk), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
-                      false);
+  gemm_before_bias(pair.keys, sub.rows, static_cast<int>(p.dim_qk), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
+                   pair.position ? TensorRef{} : p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys);
   prefetch(1);
   ScoreTerms<T> terms{pair.scale, pair.to_log2, nullptr, nullptr, nullptr};
   uint64_t allowed[kTileN], kept_rows[kTileM], kept[kTileN];

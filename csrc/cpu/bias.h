@@ -44,6 +44,28 @@ static Rows<T> bias_rows(const TensorRef& bias, int64_t b, int64_t h, int64_t i0
   return {scratch, kTileN};
 }
 
+// C [m, n] = A [m, k] B [k, n], both by rows; in eight parts, before each of which an eighth of the bias of the tile is asked for. The
+// rows of a bias lie apart, a few cache lines each, so that the hardware does not see them coming, and all at once they would wait
+// for each other.
+template <typename T>
+static void gemm_before_bias(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+                             const TensorRef& bias, int64_t batch, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
+  constexpr int kParts = 8;
+  constexpr int64_t kFarApart = 256;  // elements; nearer rows the hardware does see
+  if (!bias || bias.stride[3] != 1 || bias.stride[2] < kFarApart) return gemm<Layout::kRows>(m, n, k, a, lda, b, ldb, c, ldc, false);
+  const int64_t tile = batch * bias.stride[0] + h * bias.stride[1] + i0 * bias.stride[2] + j0;
+  const int64_t row_bytes = keys * element_size(bias.dtype);
+  const int step = (m + kParts - 1) / kParts;
+  for (int done = 0; done < m; done += step) {
+    const int count = m - done < step ? m - done : step;
+    for (int r = done * rows / m; r < (done + count) * rows / m; ++r) {
+      const char* const row = static_cast<const char*>(element(bias.ptr, bias.dtype, tile + r * bias.stride[2]));
+      for (int64_t offset = 0; offset < row_bytes; offset += kAlignment) __builtin_prefetch(row + offset, 0, 2);
+    }
+    gemm<Layout::kRows>(count, n, k, a + done * lda, lda, b, ldb, c + done * ldc, ldc, false);
+  }
+}
+
 // ---- gradient ----
 
 template <typename T>
@@ -60,12 +82,22 @@ static void clear_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int
     std::memset(bias_gradient_at<T>(grad, b, h, i0 + r, j0), 0, count * sizeof(T));
 }
 
-// The same for a tile that writes all of its part: dS [rows][kTileN]. For a gradient that has rows and keys of its own.
+// The same for a tile that writes all of its part: dS [rows][kTileN]. For a gradient that has rows and keys of its own. Whole cache
+// lines go past the cache where the tile is `alone`, so that no other batch or head adds to them: they need not be fetched to be
+// overwritten. finish_streams() after the last.
 template <typename T>
 static void store_bias_gradient(const TensorRef& grad, int64_t b, int64_t h, int64_t i0, int rows, int64_t j0, int keys,
-                                const T* ds) {
-  for (int r = 0; r < rows; ++r)
-    std::memcpy(bias_gradient_at<T>(grad, b, h, i0 + r, j0), ds + r * kTileN, keys * sizeof(T));
+                                const T* ds, bool alone) {
+  T* const dst = bias_gradient_at<T>(grad, b, h, i0, j0);
+  const bool whole_lines = keys == kTileN && reinterpret_cast<uintptr_t>(dst) % kAlignment == 0 &&
+                           grad.stride[2] * sizeof(T) % kAlignment == 0;
+  if (alone && whole_lines) {
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < kTileN; j += kWidth<T>) stream(dst + r * grad.stride[2] + j, load(ds + r * kTileN + j));
+    return;
+  }
+  for (int r = 0; r < rows; ++r) std::memcpy(dst + r * grad.stride[2], ds + r * kTileN, keys * sizeof(T));
 }
 
 // Adds dS [rows][kTileN]. What broadcasts over the rows or keys is summed within the tile first: fewer roundings in a row.

@@ -3,6 +3,10 @@
 #include "dispatch.h"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -101,6 +105,14 @@ int supported_levels(const char* names[kMaxLevels]) {
 }
 
 const char* level_name() { return chosen() ? chosen()->name : nullptr; }
+
+void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + static_cast<uintptr_t>(bytes)) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
 
 int effective_threads(int requested) { return forked || requested < 1 ? 1 : requested; }
 

@@ -32,6 +32,7 @@ _KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}  # LossKind
 _REDUCTIONS = {"masked_mean": 0, "sum": 1, "mean": 2, "none": 3}  # Reduction
 
 _SMALL_QUERY = 2**16  # elements of a query for which the shortest way is worth a look
+_MAPPED_BYTES = 2**25  # the largest block that glibc's malloc may keep for the next use
 
 _Ref = tuple[int, tuple[int, ...], int]  # a TensorRef: data pointer, strides in elements, dtype code
 
@@ -259,6 +260,10 @@ class Library(ABC):
     def _seed(self, seed: Tensor, device: torch.device) -> int:
         """The dropout seed as the kernels take it."""
 
+    def _prepare_output(self, tensor: Tensor | None) -> Tensor | None:
+        """Called with a fresh output of size L · S before it is written."""
+        return tensor
+
     def _check_device(self, name: str, tensor: Tensor) -> None:
         """The first tensor of an operation; every other one must be on the same device."""
         _require(self._is_here(tensor), name, tensor, "where the kernels of {} compute", self.file)
@@ -351,7 +356,7 @@ class Library(ABC):
             fits = grad_lse.shape == lse.shape and grad_lse.device == device
             _require(fits, "grad_lse", grad_lse, "of lse's shape {} on {}", tuple(lse.shape), device)
             grad_lse = grad_lse.to(lse.dtype)
-        grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
+        grad_bias = self._prepare_output(_new_grad_bias(bias, query, key, need_grad_bias))
         launch = self._module.AttentionBackward(
             *shared,
             *(_ref(out), _ref(grad_out), _ref(grad_lse), _ref(grad_query), _ref(grad_key), _ref(grad_value)),
@@ -376,6 +381,7 @@ class Library(ABC):
         shared = self._shared(query, key, None, bias, mask, scale, dropout_p, dropout_seed, lse)
         B, Hq, L, _ = query.shape
         weights = query.new_empty((B, L, key.shape[2]) if average_heads else (B, Hq, L, key.shape[2]))
+        self._prepare_output(weights)
         _run(self._module.AttentionWeights(*shared, _weights_ref(weights), average_heads), query)
         return weights
 
@@ -400,7 +406,7 @@ class Library(ABC):
         fits = grad_weights.shape == shape and grad_weights.dtype == query.dtype and grad_weights.device == query.device
         _require(fits, "grad_weights", grad_weights, "{} {} on {}", query.dtype, shape, query.device)
         grad_query, grad_key, grad_lse = torch.empty_like(query), torch.empty_like(key), torch.empty_like(lse)
-        grad_bias = _new_grad_bias(bias, query, key, need_grad_bias)
+        grad_bias = self._prepare_output(_new_grad_bias(bias, query, key, need_grad_bias))
         launch = self._module.AttentionWeightsBackward(
             *(*shared, _weights_ref(grad_weights), average_heads, _ref(grad_query), _ref(grad_key), _ref(grad_lse)),
             _broadcast_ref(grad_bias),
@@ -556,6 +562,13 @@ class CpuLibrary(Library):
 
     def _seed(self, seed: Tensor, device: torch.device) -> int:
         return int(seed.item()) % 2**64
+
+    def _prepare_output(self, tensor: Tensor | None) -> Tensor | None:
+        # glibc maps a block of this size anew each time, so that every page of it is a fault: a fifth of the time of
+        # a backward that fills 64 MB.
+        if tensor is not None and tensor.nbytes >= _MAPPED_BYTES:
+            self._module.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        return tensor
 
     def attention_forward_small(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
