@@ -10,8 +10,10 @@ import torch
 from fastattn.bench.contenders import (
     Bound,
     bind_additive,
+    bind_head,
     bind_weights,
     eager_additive,
+    eager_head,
     eager_weights,
     make_mha,
     mha_forward,
@@ -24,6 +26,8 @@ from fastattn.bench.workloads import (
     AdditiveInputs,
     AttentionCase,
     Case,
+    HeadCase,
+    HeadInputs,
     LossCase,
     MhaCase,
     ModelCase,
@@ -31,6 +35,7 @@ from fastattn.bench.workloads import (
     WeightsInputs,
     additive_inputs,
     attention_inputs,
+    head_inputs,
     loss_inputs,
     mha_inputs,
     torch_dtype,
@@ -87,6 +92,10 @@ class Check:
             # A score adds up as many terms as there are features.
             terms = math.sqrt(case.features)
             self._by_hand(bind_additive(case, _double(additive_inputs(case)), eager_additive), terms)
+        elif isinstance(case, HeadCase):
+            # A prediction adds up as many terms as it has inputs, a gradient of the weight one from each token.
+            terms = math.sqrt(max(case.width, case.batch * case.tokens))
+            self._by_hand(bind_head(case, _double(head_inputs(case)), eager_head), terms)
         elif isinstance(case, MhaCase):
             self._mha(case)
         elif isinstance(case, ModelCase):
@@ -235,7 +244,7 @@ class Check:
         self.noise = {name: expected.noise[source] for name, source in names.items()}
 
 
-Inputs = TypeVar("Inputs", WeightsInputs, AdditiveInputs)
+Inputs = TypeVar("Inputs", WeightsInputs, AdditiveInputs, HeadInputs)
 
 
 def _double(x: Inputs) -> Inputs:

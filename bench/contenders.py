@@ -21,6 +21,8 @@ from fastattn.bench.workloads import (
     AttentionCase,
     AttentionInputs,
     Case,
+    HeadCase,
+    HeadInputs,
     LossCase,
     MhaCase,
     MhaInputs,
@@ -28,6 +30,7 @@ from fastattn.bench.workloads import (
     WeightsInputs,
     additive_inputs,
     attention_inputs,
+    head_inputs,
     loss_inputs,
     mha_inputs,
     torch_dtype,
@@ -611,3 +614,28 @@ def additive_contenders() -> list[Contender]:
         contender("eager", lambda: eager_additive),
         contender("compile", lambda: torch.compile(eager_additive, dynamic=False), slow_to_start=True),
     ]
+
+
+def bind_head(case: HeadCase, x: HeadInputs, function: Callable[..., Tensor]) -> Bound:
+    """The step of a function of hidden states, weight, bias, target and mask."""
+    leaves = x.leaves if case.backward else {}
+    return Bound(lambda: function(x.hidden, x.weight, x.bias, x.target, x.mask), leaves)
+
+
+def eager_head(hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Every token's prediction, then the masked squared error of them as it is written by hand."""
+    error = (F.linear(hidden, weight, bias) - target).square().mean(-1)
+    return (error * mask).sum() / mask.sum()
+
+
+def head_contenders() -> list[Contender]:
+    """Ours first, then the head and the loss as written by hand."""
+
+    def contender(name: str, function: Callable[..., Any]) -> Contender:
+        def bind(case: Case) -> Bound:
+            assert isinstance(case, HeadCase)
+            return bind_head(case, head_inputs(case), function)
+
+        return Contender(name, bind)
+
+    return [contender(OURS, fastattn.linear_masked_mse_loss), contender("eager", eager_head)]

@@ -44,6 +44,7 @@ SUITE_TITLES = {
     "mha": "MultiheadAttention",
     "loss": "Masked losses",
     "additive": "Additive attention",
+    "head": "Prediction head with masked loss",
     "transformers": "Hugging Face transformers",
 }
 STYLE = """

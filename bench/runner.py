@@ -19,6 +19,7 @@ from fastattn.bench.contenders import (
     Contender,
     additive_contenders,
     attention_contenders,
+    head_contenders,
     loss_contenders,
     mha_contenders,
     user_contender,
@@ -33,6 +34,7 @@ from fastattn.bench.workloads import (
     AttentionCase,
     Case,
     Condition,
+    HeadCase,
     MhaCase,
     ModelCase,
     Target,
@@ -43,6 +45,8 @@ from fastattn.bench.workloads import (
     attention_flops,
     attention_inputs,
     executed_pairs,
+    head_flops,
+    head_inputs,
     loss_bytes,
     loss_inputs,
     mha_flops,
@@ -91,6 +95,8 @@ def contenders_for(case: Case, user: Sequence[Contender] = ()) -> list[Contender
         return weights_contenders()
     if isinstance(case, AdditiveCase):
         return additive_contenders()
+    if isinstance(case, HeadCase):
+        return head_contenders()
     return mha_contenders() if isinstance(case, MhaCase) else loss_contenders()
 
 
@@ -226,6 +232,8 @@ def _counts(case: Case) -> Record:
         return {"useful_flop": weights_flops(case)}
     if isinstance(case, AdditiveCase):
         return {"elements": additive_elements(case)}
+    if isinstance(case, HeadCase):
+        return {"useful_flop": head_flops(case, head_inputs(case))}
     if isinstance(case, ModelCase):
         pictures = case.model in PICTURES
         items = case.batch * (1 if pictures else case.new_tokens or int(lengths_of(case).sum()) // case.batch)

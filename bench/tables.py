@@ -13,6 +13,7 @@ COLUMNS = {
     "mha": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "loss": ("time", "GB/s", "fastattn is", "memory", "error"),
     "additive": ("time", "a second", "fastattn is", "memory", "error"),
+    "head": ("time", "useful", "÷ sentinel", "fastattn is", "memory", "error"),
     "transformers": ("time", "a second", "fastattn is", "memory", "error"),
 }
 SCALING_COLUMNS = ("time", "a pair", "useful", "÷ sentinel", "fastattn is", "error")
@@ -23,6 +24,7 @@ SPEED = {  # of these columns
     "mha": "useful",
     "loss": "GB/s",
     "additive": "a second",
+    "head": "useful",
     "transformers": "a second",
 }
 LEGEND = (

@@ -27,6 +27,7 @@ from fastattn.bench.workloads import (
     AdditiveCase,
     AttentionCase,
     Case,
+    HeadCase,
     LossCase,
     MhaCase,
     Target,
@@ -132,6 +133,7 @@ def _plans() -> list[Plan]:
         beside = (Target("eager", 8.0), Target("compile", 2.0))
         additive = AdditiveCase(1, 512, 256, backward=backward)
         plans.append(_row(name, additive, *beside, *(() if backward else (Target(ELEMENTS, 15e9),))))
+    plans.append(_row("linear + masked mse, 60 % masked", HeadCase(16, 196, 768, 768), Target("eager", 1.3)))
     small = (1, 1, 16, 16)
     plans += [
         _attention("small call, forward", small, 0.5),

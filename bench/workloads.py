@@ -196,6 +196,31 @@ class AdditiveCase:
 
 
 @dataclass(frozen=True)
+class HeadCase:
+    """A prediction head and the masked squared error of what it predicts, over tokens."""
+
+    batch: int
+    tokens: int
+    width: int
+    outputs: int
+    masked: float = 0.6  # share of the tokens that count
+    dtype: str = "float32"
+    backward: bool = True
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch},{self.tokens},{self.width} to {self.outputs}"
+
+    @property
+    def title(self) -> str:
+        return f"linear + masked mse ({self.shape}) {self.dtype} {step_name(self.backward)}"
+
+    def describe(self) -> dict[str, object]:
+        return {"suite": "head", "shape": self.shape, "step": step_name(self.backward), **asdict(self)}
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A randomly initialised model of Hugging Face transformers: a training step, inference, or generation."""
 
@@ -230,7 +255,7 @@ class ModelCase:
         return {"suite": "transformers", "shape": self.shape, "step": self.step, **asdict(self)}
 
 
-Case = AttentionCase | WeightsCase | AdditiveCase | MhaCase | LossCase | ModelCase
+Case = AttentionCase | WeightsCase | AdditiveCase | MhaCase | LossCase | HeadCase | ModelCase
 
 
 def step_name(backward: bool) -> str:
@@ -541,3 +566,40 @@ def additive_inputs(case: AdditiveCase, seed: int = 0) -> AdditiveInputs:
 def additive_elements(case: AdditiveCase) -> int:
     """How many tanh the textbook's form takes, of query, key and feature; the same count for both directions."""
     return case.batch * case.length**2 * case.features
+
+
+@dataclass
+class HeadInputs:
+    """Hidden states (B, N, E), the head's weight (P, E) and bias (P,), target (B, N, P), and mask (B, N) with True =
+    counts."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+    target: Tensor
+    mask: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"dhidden": self.hidden, "dweight": self.weight, "dbias": self.bias}
+
+
+def head_inputs(case: HeadCase, seed: int = 0) -> HeadInputs:
+    """Random normal hidden states and targets; the same number of tokens counts in each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    device, dtype = torch.device(case.device), torch_dtype(case.dtype)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    hidden, target = normal(case.batch, case.tokens, case.width), normal(case.batch, case.tokens, case.outputs)
+    weight, bias = normal(case.outputs, case.width) / math.sqrt(case.width), normal(case.outputs)
+    order = torch.rand(case.batch, case.tokens, generator=generator).argsort(1)
+    mask = (order < math.ceil(case.masked * case.tokens)).to(device)
+    hidden, weight, bias = (t.requires_grad_(case.backward) for t in (hidden, weight, bias))
+    return HeadInputs(hidden, weight, bias, target, mask)
+
+
+def head_flops(case: HeadCase, inputs: HeadInputs) -> float:
+    """The products over the counted tokens: one forward, two for the gradients."""
+    return 2.0 * int(inputs.mask.sum()) * case.width * case.outputs * (1 + 2 * case.backward)

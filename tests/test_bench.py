@@ -527,6 +527,7 @@ TINY_ROWS = [
     targets._row("loss", w.LossCase(2, 3, 64, 32, backward=False), BESIDE_EAGER, w.Target(w.COPY, 1e-12)),
     targets._row("weights", w.WeightsCase(1, 2, 24, 8, backward=True), BESIDE_EAGER),
     targets._row("additive", w.AdditiveCase(1, 12, 16, backward=True), w.Target(w.ELEMENTS, 1.0), BESIDE_EAGER),
+    targets._row("head", w.HeadCase(2, 9, 16, 8), BESIDE_EAGER),
 ]
 
 
@@ -538,7 +539,7 @@ def test_the_targets_on_the_command_line(
     arguments = ["bench", "targets", "--threads", "1", "--json", str(path), "--report", str(tmp_path / "out")]
     assert run_cli(arguments) == 0
     shown = capsys.readouterr().out
-    assert "Targets: 7 of 9 met" in shown, shown
+    assert "Targets: 8 of 10 met" in shown, shown
     assert re.search(r"map included +≥ 1e\+09 of the sentinel +\S.* MISSED", shown)
     assert re.search(r"layer's memory +≤ 1/2 of nn.MultiheadAttention +1/1.0 .*MISSED", shown)
     assert "the projections alone leave" in shown
@@ -546,7 +547,7 @@ def test_the_targets_on_the_command_line(
     written = records.read(path)
     assert all(r["status"] == "ok" for r in written if r["record"] == "result"), written
     judged = {(r["row"], r["beside"]): r for r in written if r["record"] == "target"}
-    assert len(judged) == 9 and {r["threads"] for r in written} == {1}
+    assert len(judged) == 10 and {r["threads"] for r in written} == {1}
     assert judged["half padded", "sdpa"]["measured"]["median"] > 0 and judged["half padded", "sdpa"]["sentinel"]
     # A copy of the pictures moves 2 x 98304 bytes, the loss reads 5 of 8 patches of two pictures.
     by_name = {r["contender"]: r for r in written if r["record"] == "result" and r["suite"] == "loss"}
