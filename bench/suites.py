@@ -8,7 +8,7 @@ from itertools import product
 
 from fastattn.bench.contenders import OUR_BACKENDS, OURS, STOCK, STOCK_SLOW
 from fastattn.bench.runner import Plan
-from fastattn.bench.workloads import MASK_KINDS, AttentionCase, Condition, LossCase, MhaCase, ModelCase
+from fastattn.bench.workloads import MASK_KINDS, AttentionCase, Condition, HeadCase, LossCase, MhaCase, ModelCase
 
 Shape = tuple[int, int, int, int, int, int]  # batch, query heads, key heads, L, S, head dim
 
@@ -175,7 +175,8 @@ def model_plans(quick: bool, device: str = "cpu") -> list[Plan]:
 
 
 def loss_plans(quick: bool, dtype: str | None = None, backward: bool = False, device: str = "cpu") -> list[Plan]:
-    """The masked losses of SimMIM (L1) and MAE (squared error) over pictures, forward and with the gradient."""
+    """The masked losses of SimMIM (L1) and MAE (squared error) over pictures, and the head fused with one; forward and
+    with the gradient."""
     sizes = [(32, 3, 192, 32)] + ([] if quick else [(64, 3, 224, 32), (64, 3, 224, 16)])
     plans = []
     for size, kind, with_gradient in product(sizes, ("l1", "mse"), (False, True)):
@@ -183,6 +184,12 @@ def loss_plans(quick: bool, dtype: str | None = None, backward: bool = False, de
         peers = frozenset({"eager", "compile"} if with_gradient or not quick else {"eager"})
         if with_gradient or not backward:
             plans.append(Plan(case, peers, frozenset({OURS, "eager"}) if with_gradient else frozenset()))
+    if device == "cpu":  # the head of SimMIM's Swin, which predicts 32 x 32 pixels, and of a ViT-B with patches of 16
+        for head, with_gradient in product([(32, 36, 768, 3072)][quick:] + [(16, 196, 768, 768)], (False, True)):
+            if with_gradient or not backward:
+                fused = HeadCase(*head, dtype=dtype or "float32", backward=with_gradient)
+                peers = frozenset({"eager"} if quick else {"eager", "compile"})
+                plans.append(Plan(fused, peers, frozenset({OURS, "eager"}) if with_gradient else frozenset()))
     return plans
 
 
