@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/mask.h"
 #include "core/params.h"
@@ -359,51 +360,386 @@ void bind_linear_masked_loss(py::module_& module) {
       }));
 }
 
-constexpr int64_t kSmallWorkspace = 256 * 1024;  // bytes that a thread keeps
-constexpr int64_t kSmallHeadDim = 256;
+// Direct calls: attention and its gradient in a single call from Python, since what lies between Python and a small problem's
+// kernel takes longer than the kernel. They are handed the tensors themselves, read them through their Python attributes and
+// look at everything that the kernels rely on. Whatever does not fit is left alone: false, and nothing was computed; the way of
+// every problem then takes it, or finds the words for what is wrong.
 
-// A tensor of 4 dimensions without an empty one, whose last lies in steps of 1.
-bool read_sizes(const TensorRef& tensor, const py::tuple& shape, int64_t (&sizes)[4]) {
-  if (shape.size() != 4) return false;
-  for (int n = 0; n < 4; ++n) {
-    sizes[n] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), n));
-    if (sizes[n] < 1) return false;
-  }
-  return sizes[3] <= kSmallHeadDim && (sizes[3] == 1 || tensor.stride[3] == 1);
+constexpr int64_t kMaxHeadDim = 512;  // MAX_HEAD_DIM_CPU of fastattn/dispatch.py
+constexpr int kInt64 = 4, kBool = 5;  // behind the numbers of DType
+
+PyObject* tensor_types[2];  // torch.Tensor, torch.nn.Parameter; a subclass may be more than its memory
+PyObject* tensor_dtypes[6];  // as DType, then int64 and bool
+
+void set_torch(const py::tuple& types, const py::tuple& dtypes) {
+  for (int n = 0; n < 2; ++n) tensor_types[n] = py::object(types[n]).release().ptr();
+  for (int n = 0; n < 6; ++n) tensor_dtypes[n] = py::object(dtypes[n]).release().ptr();
 }
 
-// The forward of a small problem without mask, bias and dropout in a single call: what happens between Python and the kernel
-// takes longer than such a kernel. out [B, Hq, L, Dv] lies over memory [B, L, Hq, Dv], lse [B, Hq, L] is contiguous. False, and
-// nothing was computed, when the sizes do not make a problem or are not small.
-bool attention_forward_small(const TensorRef& query, const py::tuple& query_shape, const TensorRef& key,
-                             const py::tuple& key_shape, const TensorRef& value, const py::tuple& value_shape, double scale,
-                             uintptr_t out, uintptr_t lse, uint64_t executor) {
-  int64_t q[4], k[4], v[4];
-  if (!read_sizes(query, query_shape, q) || !read_sizes(key, key_shape, k) || !read_sizes(value, value_shape, v)) return false;
-  if (q[0] != k[0] || q[0] != v[0] || k[1] != v[1] || q[1] % k[1] || k[2] != v[2] || q[3] != k[3]) return false;
-  AttentionForwardParams params;
-  params.batch = q[0];
-  params.heads_q = q[1];
-  params.heads_kv = k[1];
-  params.len_q = q[2];
-  params.len_k = k[2];
-  params.dim_qk = q[3];
-  params.dim_v = v[3];
+// What does not fit, on the way out of a direct call.
+struct Unfit {};
+
+void require(bool condition) {
+  if (!condition) throw Unfit();
+}
+
+struct Names {
+  PyObject* const shape = PyUnicode_InternFromString("shape");
+  PyObject* const stride = PyUnicode_InternFromString("stride");
+  PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* const dtype = PyUnicode_InternFromString("dtype");
+  PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* const tiles[5] = {PyUnicode_InternFromString("bits"), PyUnicode_InternFromString("live"),
+                              PyUnicode_InternFromString("full"), PyUnicode_InternFromString("live_t"),
+                              PyUnicode_InternFromString("full_t")};
+  PyObject* const block_m = PyUnicode_InternFromString("block_m");
+  PyObject* const block_n = PyUnicode_InternFromString("block_n");
+};
+
+const Names& names() {
+  static const Names* const held = new Names;
+  return *held;
+}
+
+// A result of the C API; an error in Python, such as that of a tensor without memory, does not fit.
+py::object checked(PyObject* result) {
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object attribute(py::handle source, PyObject* name) { return checked(PyObject_GetAttr(source.ptr(), name)); }
+
+int64_t integer(PyObject* source) {
+  const int64_t value = PyLong_AsLongLong(source);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+// A tensor of at most 4 dimensions, with its sizes.
+struct Operand {
+  TensorRef ref;
+  int64_t size[4] = {1, 1, 1, 1};
+  int dims = 0, dtype = 0;
+
+  explicit Operand(py::handle tensor) {
+    require(Py_IS_TYPE(tensor.ptr(), reinterpret_cast<PyTypeObject*>(tensor_types[0])) ||
+            Py_IS_TYPE(tensor.ptr(), reinterpret_cast<PyTypeObject*>(tensor_types[1])));
+    require(attribute(tensor, names().is_cpu).ptr() == Py_True);
+    const py::object type = attribute(tensor, names().dtype), shape = attribute(tensor, names().shape);
+    const py::object strides = checked(PyObject_CallMethodNoArgs(tensor.ptr(), names().stride));
+    const py::object address = checked(PyObject_CallMethodNoArgs(tensor.ptr(), names().data_ptr));
+    while (dtype < 6 && tensor_dtypes[dtype] != type.ptr()) ++dtype;
+    require(dtype < 6 && PyTuple_Check(shape.ptr()) && PyTuple_Check(strides.ptr()));
+    dims = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+    require(dims <= 4 && PyTuple_GET_SIZE(strides.ptr()) == dims);
+    for (int n = 0; n < dims; ++n) {
+      size[n] = integer(PyTuple_GET_ITEM(shape.ptr(), n));
+      ref.stride[n] = integer(PyTuple_GET_ITEM(strides.ptr(), n));
+    }
+    ref.ptr = PyLong_AsVoidPtr(address.ptr());
+    ref.dtype = static_cast<DType>(dtype < kInt64 ? dtype : 0);
+  }
+
+  // With ones in front, as broadcasting has it.
+  void widen() {
+    for (; dims < 4; ++dims)
+      for (int n = 3; n >= 0; --n) {
+        size[n] = n == 0 ? 1 : size[n - 1];
+        ref.stride[n] = n == 0 ? 0 : ref.stride[n - 1];
+      }
+  }
+
+  // Each dimension of the wanted size, or 1 and then repeated.
+  void broadcast_to(const int64_t (&wanted)[4]) {
+    for (int n = 0; n < 4; ++n) {
+      require(size[n] == 1 || size[n] == wanted[n]);
+      if (size[n] == 1) ref.stride[n] = 0;
+    }
+  }
+
+  bool is(int64_t s0, int64_t s1, int64_t s2, int64_t s3) const {
+    return dims == 4 && size[0] == s0 && size[1] == s1 && size[2] == s2 && size[3] == s3;
+  }
+
+  bool has_unit_stride() const { return size[3] == 1 || ref.stride[3] == 1; }
+
+  bool is_contiguous() const {
+    int64_t step = 1;
+    for (int n = dims - 1; n >= 0; --n) {
+      if (size[n] != 1 && ref.stride[n] != step) return false;
+      step *= size[n];
+    }
+    return true;
+  }
+};
+
+// Memory for the time of one call. A thread keeps as much as small problems need.
+class CallMemory {
+ public:
+  char* take(int64_t bytes) {
+    thread_local const std::unique_ptr<char[]> kept(new char[kKept]);
+    bytes = (bytes + 63) / 64 * 64;
+    if (bytes <= kKept - used_) {
+      used_ += bytes;
+      return kept.get() + used_ - bytes;
+    }
+    own_.emplace_back(new char[bytes]);
+    return own_.back().get();
+  }
+
+ private:
+  static constexpr int64_t kKept = 256 * 1024;
+  int64_t used_ = 0;
+  std::vector<std::unique_ptr<char[]>> own_;
+};
+
+template <typename Params>
+void direct_problem(Params& params, py::handle query, py::handle key, py::handle value, py::handle bias, double scale,
+                    double dropout_p, uint64_t seed, uint64_t executor) {
+  const Operand q(query), k(key), v(value);
+  const int type = q.dtype;
+  require(type < kInt64 && k.dtype == type && v.dtype == type && q.dims == 4 && k.dims == 4 && v.dims == 4);
+  for (const Operand* operand : {&q, &k, &v}) {
+    for (const int64_t size : operand->size) require(size > 0);
+    require(operand->size[3] <= kMaxHeadDim && operand->has_unit_stride());
+  }
+  require(q.size[1] % k.size[1] == 0 && k.is(q.size[0], k.size[1], k.size[2], q.size[3]) &&
+          v.is(q.size[0], k.size[1], k.size[2], v.size[3]));
+  params.batch = q.size[0];
+  params.heads_q = q.size[1];
+  params.heads_kv = k.size[1];
+  params.len_q = q.size[2];
+  params.len_k = k.size[2];
+  params.dim_qk = q.size[3];
+  params.dim_v = v.size[3];
   params.scale = scale;
-  params.query = query;
-  params.key = key;
-  params.value = value;
-  params.lse = {reinterpret_cast<void*>(lse), {q[1] * q[2], q[2], 1, 0}, query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32};
-  params.out = {reinterpret_cast<void*>(out), {q[2] * q[1] * v[3], v[3], q[1] * v[3], 1}, query.dtype};
+  params.query = q.ref;
+  params.key = k.ref;
+  params.value = v.ref;
+  if (!bias.is_none()) {
+    Operand b(bias);
+    require(b.dtype == type || b.dtype == static_cast<int>(DType::kFloat32));
+    b.widen();
+    b.broadcast_to({params.batch, params.heads_q, params.len_q, params.len_k});
+    params.bias = b.ref;
+  }
+  params.dropout = dropout_params(dropout_p, seed);
   set_executor(params, executor);
-  thread_local std::unique_ptr<char[]> workspace;
-  params.workspace_bytes = kernels::attention_forward_workspace(params);
-  if (params.workspace_bytes > kSmallWorkspace) return false;
-  if (!workspace) workspace = std::make_unique<char[]>(kSmallWorkspace);
-  params.workspace = workspace.get();
+}
+
+// [B|1] or [B|1, length], as a mask has them; null stays null.
+TensorRef mask_part(py::handle source, int dtype, int64_t batch, int64_t length) {
+  if (source.is_none()) return {};
+  Operand part(source);
+  require(part.dtype == dtype && part.dims == (length ? 2 : 1) && (part.size[0] == 1 || part.size[0] == batch));
+  require(!length || part.size[1] == length);
+  if (part.size[0] == 1) part.ref.stride[0] = 0;
+  return part.ref;
+}
+
+// The five arrays of a tile map, in this order: bits, live, full, live_t, full_t.
+struct TileShapes {
+  int64_t rows[5], words[5];
+
+  TileShapes(int64_t len_q, int64_t len_k, int64_t block_m, int64_t block_n) {
+    const auto tiles = [](int64_t length, int64_t block) { return (length + block - 1) / block; };
+    const int64_t tiles_q = tiles(len_q, block_m), tiles_k = tiles(len_k, block_n);
+    rows[0] = len_q, words[0] = tiles(len_k, 64);
+    for (const int n : {1, 2}) rows[n] = tiles_q, words[n] = tiles(tiles_k, 64);
+    for (const int n : {3, 4}) rows[n] = tiles_k, words[n] = tiles(tiles_q, 64);
+  }
+};
+
+void set_tiles(MaskParams& mask, uint64_t* const (&array)[5], const TileShapes& shapes, int64_t batch, int64_t heads,
+               int64_t block_m, int64_t block_n) {
+  const auto stride_h = [&](int n) { return heads > 1 ? shapes.rows[n] * shapes.words[n] : 0; };
+  const auto stride_b = [&](int n) { return batch > 1 ? heads * shapes.rows[n] * shapes.words[n] : 0; };
+  mask.bits = array[0], mask.live = array[1], mask.full = array[2], mask.live_t = array[3], mask.full_t = array[4];
+  mask.stride_bits_b = stride_b(0), mask.stride_bits_h = stride_h(0), mask.words_per_row = shapes.words[0];
+  mask.stride_map_b = stride_b(1), mask.stride_map_h = stride_h(1), mask.map_words_per_row = shapes.words[1];
+  mask.stride_map_t_b = stride_b(3), mask.stride_map_t_h = stride_h(3), mask.map_t_words_per_row = shapes.words[3];
+  mask.block_m = block_m;
+  mask.block_n = block_n;
+}
+
+// A KernelMask of fastattn/masks.py.
+template <typename Params>
+void direct_kernel_mask(Params& params, py::handle source) {
+  require(PyTuple_Check(source.ptr()) && PyTuple_GET_SIZE(source.ptr()) == 7);
+  const auto part = [&](int n) { return py::handle(PyTuple_GET_ITEM(source.ptr(), n)); };
+  MaskParams& mask = params.mask;
+  if (!part(0).is_none()) {
+    require(PyTuple_Check(part(0).ptr()) && PyTuple_GET_SIZE(part(0).ptr()) == 4);
+    int64_t side[4];  // left and right of the first query at the first key, then of the last at the last
+    for (int n = 0; n < 4; ++n) side[n] = integer(PyTuple_GET_ITEM(part(0).ptr(), n));
+    const int64_t offset = params.len_k - params.len_q;
+    mask.band_low = -side[0];
+    mask.band_high = side[1];
+    if (side[2] < kUnlimited && offset - side[2] > mask.band_low) mask.band_low = offset - side[2];
+    if (side[3] < kUnlimited && offset + side[3] < mask.band_high) mask.band_high = offset + side[3];
+  }
+  const TensorRef prefix = mask_part(part(1), kInt64, params.batch, 0), lengths = mask_part(part(2), kInt64, params.batch, 0);
+  const TensorRef keep = mask_part(part(3), kBool, params.batch, params.len_k);
+  const TensorRef query_ids = mask_part(part(4), kInt64, params.batch, params.len_q);
+  const TensorRef key_ids = mask_part(part(5), kInt64, params.batch, params.len_k);
+  require(query_ids.ptr == nullptr ? key_ids.ptr == nullptr : key_ids.ptr != nullptr);
+  mask.prefix_lengths = pointer<int64_t>(prefix);
+  mask.stride_prefix_b = prefix.stride[0];
+  mask.key_lengths = pointer<int64_t>(lengths);
+  mask.stride_key_lengths_b = lengths.stride[0];
+  mask.key_keep = pointer<uint8_t>(keep);
+  mask.stride_keep_b = keep.stride[0];
+  mask.stride_keep_j = keep.stride[1];
+  mask.query_segments = pointer<int64_t>(query_ids);
+  mask.stride_qseg_b = query_ids.stride[0];
+  mask.stride_qseg_i = query_ids.stride[1];
+  mask.key_segments = pointer<int64_t>(key_ids);
+  mask.stride_kseg_b = key_ids.stride[0];
+  mask.stride_kseg_j = key_ids.stride[1];
+  if (part(6).is_none()) return;
+  const int64_t block_m = integer(attribute(part(6), names().block_m).ptr());
+  const int64_t block_n = integer(attribute(part(6), names().block_n).ptr());
+  require(block_m >= 1 && block_n >= 1 && block_n % 64 == 0);
+  const TileShapes shapes(params.len_q, params.len_k, block_m, block_n);
+  uint64_t* array[5];
+  int64_t batch = 1, heads = 1;
+  for (int n = 0; n < 5; ++n) {
+    const Operand tiles(attribute(part(6), names().tiles[n]));
+    if (n == 0) batch = tiles.size[0], heads = tiles.size[1];
+    require((batch == 1 || batch == params.batch) && (heads == 1 || heads == params.heads_q) && tiles.dtype == kInt64 &&
+            tiles.is(batch, heads, shapes.rows[n], shapes.words[n]) && tiles.is_contiguous());
+    array[n] = pointer<uint64_t>(tiles.ref);
+  }
+  set_tiles(mask, array, shapes, batch, heads, block_m, block_n);
+}
+
+// A bool tensor broadcastable to [B, Hq, L, S]: what Mask makes of it (fastattn/masks.py, _fold), in the memory of the call.
+template <typename Params>
+void direct_dense_mask(Params& params, py::handle source, CallMemory& memory) {
+  Operand keep(source);
+  require(keep.dtype == kBool);
+  keep.widen();
+  keep.broadcast_to({params.batch, params.heads_q, params.len_q, params.len_k});
+  for (int n = 0; n < 4; ++n)
+    if (keep.ref.stride[n] == 0) keep.size[n] = 1;
+  if (keep.size[1] == 1 && keep.size[2] == 1) {  // a padding mask written as a dense one
+    params.mask.key_keep = pointer<uint8_t>(keep.ref);
+    params.mask.stride_keep_b = keep.ref.stride[0];
+    params.mask.stride_keep_j = keep.ref.stride[3];
+    return;
+  }
+  MaskTilesParams tiles;
+  tiles.num_masks = 1;
+  tiles.mask[0] = pointer<uint8_t>(keep.ref);
+  for (int n = 0; n < 4; ++n) tiles.mask_stride[0][n] = keep.ref.stride[n];
+  tiles.batch = keep.size[0];
+  tiles.heads = keep.size[1];
+  tiles.len_q = params.len_q;
+  tiles.len_k = params.len_k;
+  tiles.block_m = kernels::kTileM;
+  tiles.block_n = kernels::kTileN;
+  tiles.num_threads = params.num_threads;
+  const TileShapes shapes(tiles.len_q, tiles.len_k, tiles.block_m, tiles.block_n);
+  uint64_t* array[5];
+  for (int n = 0; n < 5; ++n) {
+    const int64_t words = tiles.batch * tiles.heads * shapes.rows[n] * shapes.words[n];
+    array[n] = reinterpret_cast<uint64_t*>(memory.take(words * sizeof(uint64_t)));
+  }
+  tiles.bits = array[0], tiles.live = array[1], tiles.full = array[2], tiles.live_t = array[3], tiles.full_t = array[4];
+  set_tiles(params.mask, array, shapes, tiles.batch, tiles.heads, tiles.block_m, tiles.block_n);
   const py::gil_scoped_release release;
-  kernels::attention_forward(params);
-  return true;
+  kernels::mask_tiles(tiles);
+}
+
+template <typename Params>
+void direct_mask(Params& params, py::handle source, CallMemory& memory) {
+  if (PyTuple_Check(source.ptr())) direct_kernel_mask(params, source);
+  else if (!source.is_none()) direct_dense_mask(params, source, memory);
+}
+
+template <typename Params>
+void run_direct(Params& params, int64_t (*workspace)(const Params&), void (*kernel)(const Params&), CallMemory& memory) {
+  params.workspace_bytes = workspace(params);
+  params.workspace = memory.take(params.workspace_bytes);
+  const py::gil_scoped_release release;
+  kernel(params);
+}
+
+// Whether `call` found that everything fits, and computed.
+template <typename Call>
+bool fits(const Call& call) {
+  try {
+    call();
+    return true;
+  } catch (const Unfit&) {
+    return false;
+  } catch (const py::error_already_set&) {
+    return false;
+  }
+}
+
+// attention_forward of fastattn/backends/native.py. mask: None, a KernelMask or a bool tensor. out [B, Hq, L, Dv] lies over
+// memory [B, L, Hq, Dv], lse [B, Hq, L] is contiguous, both new; lse may be 0, where nobody asks for it.
+bool attention_direct(py::handle query, py::handle key, py::handle value, py::handle bias, py::handle mask, double scale,
+                      double dropout_p, uint64_t seed, uintptr_t out, uintptr_t lse, uint64_t executor) {
+  return fits([&] {
+    AttentionForwardParams params;
+    CallMemory memory;
+    direct_problem(params, query, key, value, bias, scale, dropout_p, seed, executor);
+    direct_mask(params, mask, memory);
+    const int64_t rows = params.batch * params.heads_q * params.len_q, row = params.heads_q * params.dim_v;
+    params.lse.dtype = params.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    params.lse.ptr = lse ? reinterpret_cast<void*>(lse) : memory.take(rows * sizeof(double));
+    params.out = {reinterpret_cast<void*>(out), {params.len_q * row, params.dim_v, row, 1}, params.query.dtype};
+    run_direct(params, kernels::attention_forward_workspace, kernels::attention_forward, memory);
+  });
+}
+
+// attention_backward of fastattn/backends/native.py. mask: as in attention_direct. grad_bias, when not None, is contiguous, of
+// the bias's shape and of lse's dtype.
+bool attention_backward_direct(py::handle grad_out, py::handle grad_lse, py::handle query, py::handle key, py::handle value,
+                               py::handle out, py::handle lse, py::handle bias, py::handle mask, double scale, double dropout_p,
+                               uint64_t seed, py::handle grad_query, py::handle grad_key, py::handle grad_value,
+                               py::handle grad_bias, uint64_t executor) {
+  return fits([&] {
+    AttentionBackwardParams params;
+    CallMemory memory;
+    direct_problem(params, query, key, value, bias, scale, dropout_p, seed, executor);
+    direct_mask(params, mask, memory);
+    const int64_t B = params.batch, Hq = params.heads_q, Hkv = params.heads_kv, L = params.len_q, S = params.len_k;
+    const auto like = [&](py::handle tensor, int64_t heads, int64_t length, int64_t dim) {
+      const Operand operand(tensor);
+      require(operand.dtype == static_cast<int>(params.query.dtype) && operand.is(B, heads, length, dim) &&
+              operand.has_unit_stride());
+      return operand.ref;
+    };
+    params.out = like(out, Hq, L, params.dim_v);
+    params.grad_out = like(grad_out, Hq, L, params.dim_v);
+    params.grad_query = like(grad_query, Hq, L, params.dim_qk);
+    params.grad_key = like(grad_key, Hkv, S, params.dim_qk);
+    params.grad_value = like(grad_value, Hkv, S, params.dim_v);
+    const DType accumulated = params.query.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    const auto of_rows = [&](py::handle tensor) {
+      const Operand operand(tensor);
+      require(operand.dtype == static_cast<int>(accumulated) && operand.dims == 3 && operand.size[0] == B &&
+              operand.size[1] == Hq && operand.size[2] == L);
+      return operand;
+    };
+    const Operand row_lse = of_rows(lse);
+    require(row_lse.is_contiguous());
+    params.lse = row_lse.ref;
+    if (!grad_lse.is_none()) params.grad_lse = of_rows(grad_lse).ref;
+    if (!grad_bias.is_none()) {
+      Operand operand(grad_bias);
+      const Operand of_bias(bias);
+      require(operand.dtype == static_cast<int>(accumulated) && operand.is_contiguous() && operand.dims == of_bias.dims);
+      for (int n = 0; n < 4; ++n) require(operand.size[n] == of_bias.size[n]);
+      operand.widen();
+      operand.broadcast_to({B, Hq, L, S});
+      params.grad_bias = operand.ref;
+    }
+    run_direct(params, kernels::attention_backward_workspace, kernels::attention_backward, memory);
+  });
 }
 
 // The rules of csrc/core, element by element and tile by tile, for the tests that compare every implementation of them.
@@ -502,7 +838,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("supported_levels", supported_levels);
   module.def("advise_huge_pages",
              [](uintptr_t address, int64_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes); });
-  module.def("attention_forward_small", attention_forward_small);
+  module.def("set_torch", set_torch);
+  module.def("attention_direct", attention_direct);
+  module.def("attention_backward_direct", attention_backward_direct);
   bind_rules(module);
   bind_additive_attention(module);
   bind_linear_masked_loss(module);

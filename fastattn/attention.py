@@ -178,7 +178,7 @@ def _tile_builder(backend: str) -> Callable[..., tuple[Tensor, ...]]:
     def build(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> tuple[Tensor, ...]:
         if masks.is_recorded():
             return ops.dense_for_export(dense)
-        return torch.ops.fastattn.mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
+        return ops.mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
 
     return build
 
@@ -227,9 +227,8 @@ def attention(
     """
     # Whatever else query may be is refused below.
     seed = _draw_seed(dropout_p, query.device) if dropout_p and isinstance(query, Tensor) else None
-    out, lse = _attention_with_seed(
-        query, key, value, mask=mask, bias=bias, dropout_p=dropout_p, scale=scale, dropout_seed=seed, backend=backend
-    )
+    direct = ops.direct_attention(query, key, value, mask, bias, dropout_p, scale, seed, backend, return_lse)
+    out, lse = direct or _attention_by_operator(query, key, value, mask, bias, dropout_p, scale, seed, backend)
     return (out, lse.float()) if return_lse else out
 
 
@@ -244,12 +243,25 @@ def _attention_with_seed(
     scale: float | None,
     dropout_seed: Tensor | None,
     backend: str | None,
+    need_lse: bool = True,
+) -> tuple[Tensor, Any]:
+    """`attention` with the seed given by the caller; returns lse in the dtype of the operator, or anything for it where
+    it is not needed."""
+    arguments = query, key, value, mask, bias, dropout_p, scale, dropout_seed, backend
+    return ops.direct_attention(*arguments, need_lse) or _attention_by_operator(*arguments)
+
+
+def _attention_by_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    dropout_seed: Tensor | None,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """`attention` with the seed given by the caller; returns lse in the dtype of the operator."""
-    if mask is None and bias is None and backend is None and type(dropout_p) is float and dropout_p == 0.0:
-        small = ops.small_attention(query, key, value, scale)
-        if small is not None:
-            return small
     sizes = _check_inputs(query, key, value)
     dtype = _check_dtypes(query, key, value)
     if bias is not None:
@@ -281,13 +293,17 @@ def _attention_packed(
     scale: float | None,
     dropout_seed: Tensor | None,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    need_lse: bool = True,
+) -> tuple[Tensor, Any]:
     """Self-attention straight out of a packed projection (B, L, 3, H, D), any strides with a contiguous last
     dimension; the gradient comes in the same layout. Returns out (B, H, L, D) and lse as `_attention_with_seed`."""
     if not isinstance(qkv, Tensor):
         raise TypeError(f"qkv must be a tensor, got {type(qkv).__name__}")
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (B, L, 3, H, D), got {tuple(qkv.shape)}")
+    direct = ops.direct_attention_packed(qkv, mask, bias, dropout_p, scale, dropout_seed, backend, need_lse)
+    if direct is not None:
+        return direct
     batch, length, _, heads, dim = qkv.shape
     sizes = _Sizes(batch, heads, length, length, dim, dim)
     dtype = _check_dtypes(qkv, qkv, qkv)
@@ -794,39 +810,52 @@ def scaled_dot_product_attention(
     if dropout_p == 1.0:
         # Zeros, with zero gradients, for each shape that the other arguments give.
         return scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa).mul(0.0)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() < 2:
-            raise ValueError(f"{name} must have at least 2 dimensions (..., L, E), got {tuple(tensor.shape)}")
+    if not (
+        isinstance(query, Tensor)
+        and isinstance(key, Tensor)
+        and isinstance(value, Tensor)
+        and query.dim() >= 2
+        and key.dim() >= 2
+        and value.dim() >= 2
+    ):
+        _refuse_sdpa_inputs(query, key, value)
     if is_causal and attn_mask is not None:
         raise RuntimeError("attn_mask must be None when is_causal is set: give the mask or the flag, not both")
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise TypeError(f"attn_mask must be a bool or float tensor, got {type(attn_mask).__name__}")
-    lead: tuple[int, ...] | None = None
-    shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
-    head = 1 if enable_gqa else 2  # with enable_gqa the heads may differ: they are shared out, not broadcast
-    if not (len(shape_q) == len(shape_k) == len(shape_v) == 4 and shape_q[:head] == shape_k[:head] == shape_v[:head]):
-        query, key, value, lead = _to_four(query, key, value, enable_gqa)
-        if attn_mask is not None:
-            attn_mask = _mask_to_four(attn_mask, lead)
     mask: Mask | Tensor | None = Mask.causal() if is_causal else None
     bias = None
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             mask = attn_mask
         else:
-            bias = _check_bias(attn_mask, query, _check_inputs(query, key, value), "attn_mask")
-    out, _ = _attention_with_seed(
-        *(query, key, value),
-        mask=mask,
-        bias=bias,
-        dropout_p=dropout_p,
-        scale=scale,
-        dropout_seed=_draw_seed(dropout_p, query.device),
-        backend=None,
-    )
+            bias = attn_mask
+    seed = _draw_seed(dropout_p, query.device) if dropout_p else None
+    shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
+    if enable_gqa or shape_q[:-2] == shape_k[:-2]:  # else the heads are not shared out, but broadcast
+        direct = ops.direct_attention(query, key, value, mask, bias, dropout_p, scale, seed, None, False)
+        if direct is not None:
+            return direct[0]
+    lead: tuple[int, ...] | None = None
+    head = 1 if enable_gqa else 2  # with enable_gqa the heads may differ: they are shared out, not broadcast
+    if not (len(shape_q) == len(shape_k) == len(shape_v) == 4 and shape_q[:head] == shape_k[:head] == shape_v[:head]):
+        query, key, value, lead = _to_four(query, key, value, enable_gqa)
+        if attn_mask is not None:
+            attn_mask = _mask_to_four(attn_mask, lead)
+            mask, bias = (attn_mask, None) if bias is None else (None, attn_mask)
+    if bias is not None:
+        bias = _check_bias(bias, query, _check_inputs(query, key, value), "attn_mask")
+    arguments = query, key, value, mask, bias, dropout_p, scale, seed, None
+    out, _ = ops.direct_attention(*arguments, False) or _attention_by_operator(*arguments)
     return out if lead is None or len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
+
+
+def _refuse_sdpa_inputs(query: Any, key: Any, value: Any) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() < 2:
+            raise ValueError(f"{name} must have at least 2 dimensions (..., L, E), got {tuple(tensor.shape)}")
 
 
 def _to_four(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -259,11 +260,10 @@ def _block_range(ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], rank: int, shape: str) -> Tensor:
-    accepted = " or ".join(str(dtype) for dtype in dtypes)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a {accepted} tensor {shape}, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be a {accepted} tensor {shape}, got {tensor.dtype}")
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        accepted = " or ".join(str(dtype) for dtype in dtypes)
+        seen = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a {accepted} tensor {shape}, got {seen}")
     if tensor.dim() != rank:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     return tensor
@@ -306,7 +306,7 @@ class Mask:
     @staticmethod
     def causal(align: str = "top_left") -> Mask:
         """j <= i + o, with o = 0 for "top_left" and S - L for "bottom_right"."""
-        return Mask((Band(UNLIMITED, 0, _check_align(align)),))
+        return _CAUSAL[_check_align(align)]
 
     @staticmethod
     def window(left: int | None, right: int | None, align: str = "top_left") -> Mask:
@@ -476,6 +476,14 @@ class Mask:
             self._cache[key] = (versions, form)
         return form
 
+    @cached_property
+    def band_form(self) -> KernelMask | None:
+        """The kernel form of a mask of bands alone, which every problem shares; None for any other mask."""
+        for term in self.terms:
+            if type(term) is not Band:
+                return None
+        return self._fold(0, 0, 1, 1, tiles.pack_dense)
+
     def _fold(self, L: int, S: int, block_m: int, block_n: int, build: TileBuilder) -> KernelMask:
         band = [UNLIMITED] * 4
         prefix_lengths: Tensor | None = None
@@ -517,6 +525,9 @@ class Mask:
         limits = None if band == [UNLIMITED] * 4 else (band[0], band[1], band[2], band[3])
         query_segments, key_segments = segments or (None, None)
         return KernelMask(limits, prefix_lengths, key_lengths, key_keep, query_segments, key_segments, tile_map)
+
+
+_CAUSAL = {align: Mask((Band(UNLIMITED, 0, align),)) for align in _ALIGNMENTS}
 
 
 def _is_traced() -> bool:

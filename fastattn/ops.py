@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastattn import dispatch
 from fastattn.backends import derivatives, reference, reference_loss
 from fastattn.backends.derivatives import Inputs
-from fastattn.masks import UNLIMITED, KernelMask
+from fastattn.masks import UNLIMITED, KernelMask, Mask
 from fastattn.tiles import TileMap
 
 NAMESPACE = "fastattn"
@@ -1412,22 +1412,198 @@ def _differentiable_loss_backward(grad_loss: Tensor, input: Tensor, target: Tens
     return reference_loss.times_slope(grad_loss, input, target, mask, kind, patch_size, beta, normalize_target, eps)
 
 
-def small_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> tuple[Tensor, Tensor] | None:
-    """`attention` without mask, bias, dropout and a named backend, straight to the CPU kernel where problems are small
-    and nobody would see the difference. None elsewhere, also for arguments that are wrong."""
+def mask_tiles(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int, backend: str) -> Any:
+    """The operator mask_tiles, or its kernel where nobody would see the difference."""
     if (
-        _is_watched()
-        or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf))
-        or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
-        or not (query.is_cpu and key.is_cpu and value.is_cpu)
-        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        or not dispatch.chooses_cpu()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling()
+        or _is_watched()
         or torch._C._are_functorch_transforms_active()
+        or not all(type(x) in _PLAIN and not x.is_meta for x in dense)
+    ):
+        return torch.ops.fastattn.mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
+    return _mask_tiles(dense, len_q, len_k, block_m, block_n, backend)
+
+
+# Gradients of what the functions below have computed: one call again where nobody would see the difference, else the
+# operator, whose derivatives are differentiable.
+
+
+def _save_direct(ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, solved: tuple[Any, ...]) -> Any:
+    out, lse, mask, parts, scale, dropout_p, dropout_seed = solved
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(bias, out, lse, dropout_seed, *inputs, *parts)
+    ctx.problem = mask, scale, dropout_p
+    return out, lse
+
+
+def _direct_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, packed: bool) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    if grad_out is None and grad_lse is None:
+        return (None,) * len(needs)
+    bias, out, lse, dropout_seed, *saved = ctx.saved_tensors
+    mask, scale, dropout_p = ctx.problem
+    inputs, parts = (saved[:1], saved[1:]) if packed else (saved[:3], saved[3:])
+    query, key, value = _split(*inputs) if packed else inputs
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if len(parts) == 1:
+        (mask,) = parts  # the bool tensor itself
+    elif parts:
+        band, blocks = mask
+        mask = unflatten_mask((band, *parts, *blocks), query.shape[2], key.shape[2], "cpu")
+    gradients: Sequence[Tensor] = ()
+    of_bias = None
+    if not (torch.is_grad_enabled() or _is_transformed() or _is_watched()):
+        gradients = [torch.empty_like(x) for x in inputs]
+        of_bias = dispatch.load("cpu").attention_backward_direct(
+            *(grad_out, grad_lse, query, key, value, out, lse, bias, mask, scale, dropout_p, dropout_seed),
+            *(_split(*gradients) if packed else gradients),
+            needs[-2],
+        )
+    if of_bias is None:
+        if isinstance(mask, Tensor):
+            (batch, heads, len_q, _), len_k = query.shape, key.shape[2]
+            mask = Mask.dense(mask).kernel_form(batch, heads, len_q, len_k, query.device, build=_cpu_tiles)
+        operator = attention_packed_backward if packed else attention_backward
+        *gradients, grad_bias = operator(
+            *(grad_out, grad_lse, *inputs, out, lse, bias, *flatten_mask(mask), scale, dropout_p, dropout_seed),
+            *("cpu", needs[-2]),
+        )
+        of_bias = (grad_bias,)
+    return *(x if need else None for x, need in zip((*gradients, *of_bias), needs, strict=False)), None
+
+
+class _DirectAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, solved: Any) -> Any:
+        return _save_direct(ctx, (query, key, value), bias, solved)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        return _direct_gradients(ctx, grad_out, grad_lse, packed=False)
+
+
+class _DirectAttentionPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, solved: Any) -> Any:
+        return _save_direct(ctx, (qkv,), bias, solved)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+        return _direct_gradients(ctx, grad_out, grad_lse, packed=True)
+
+
+def _is_transformed() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def direct_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    bias: Any,
+    dropout_p: Any,
+    scale: Any,
+    dropout_seed: Tensor | None,
+    backend: Any,
+    need_lse: bool,
+    qkv: Tensor | None = None,
+) -> tuple[Tensor, Any] | None:
+    """`attention` straight to the CPU kernel, where these tensors go to it and nobody would see the difference. None
+    elsewhere, also for arguments that are wrong: they are as the public function got them. lse may be None unless
+    `need_lse`. qkv: what query, key and value are views of that know of no gradient; it gets the gradient."""
+    if (
+        torch.compiler.is_compiling()
+        or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
+        or not (bias is None or type(bias) in _PLAIN)
+        or not query.is_cpu
+        or backend is not None
+        or not dispatch.chooses_cpu()
+        or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf))
+        or type(dropout_p) is not float
+        or not (dropout_p == 0.0 or (0.0 < dropout_p < 1.0 and _is_seed(dropout_seed)))
+        or _is_watched()
+        or _is_transformed()
         or torch._C._is_any_autocast_enabled()
     ):
         return None
-    return dispatch.load("cpu").attention_forward_small(query, key, value, scale)
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (qkv is not None and qkv.requires_grad)
+    )
+    held = False  # whether the mask has tensors
+    if mask is not None:
+        if type(mask) is Tensor and needs_grad:
+            if mask.dtype != torch.bool or mask.dim() > 4:
+                return None
+            if mask.numel() > _PACKED_AGAIN or not mask.is_contiguous():
+                mask = Mask.dense(mask)
+        if type(mask) is Mask:
+            form = mask.band_form
+            if form is None:
+                if query.dim() != 4 or key.dim() != 4:
+                    return None
+                (batch, heads, len_q, _), len_k = query.shape, key.shape[2]
+                try:
+                    form = mask.kernel_form(batch, heads, len_q, len_k, query.device, build=_cpu_tiles)
+                except ValueError:  # which the public function raises once more, after looking at the rest
+                    return None
+                held = True
+            mask = form
+        elif type(mask) is not Tensor:
+            return None
+    library = dispatch.load("cpu")
+    if not needs_grad:
+        return library.attention_direct(query, key, value, bias, mask, scale, dropout_p, dropout_seed, need_lse)
+    solved = library.attention_direct(query, key, value, bias, mask, scale, dropout_p, dropout_seed, True)
+    if solved is None:
+        return None
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    if scale is None:
+        scale = query.shape[3] ** -0.5
+    parts: Sequence[Tensor | None] = ()
+    if held:
+        band, *parts, block_m, block_n = flatten_mask(mask)
+        mask = band, (block_m, block_n)
+    elif type(mask) is Tensor:
+        mask, parts = None, (mask.clone(),)  # as it is now: a map would not follow it either
+    solved = (*solved, mask, parts, scale, dropout_p, dropout_seed)
+    if qkv is not None:
+        return _DirectAttentionPacked.apply(qkv, bias, solved)
+    return _DirectAttention.apply(query, key, value, bias, solved)
+
+
+def direct_attention_packed(
+    qkv: Tensor,
+    mask: Any,
+    bias: Any,
+    dropout_p: Any,
+    scale: Any,
+    dropout_seed: Tensor | None,
+    backend: Any,
+    need_lse: bool,
+) -> tuple[Tensor, Any] | None:
+    """`direct_attention` for qkv (B, L, 3, H, D)."""
+    if torch.compiler.is_compiling() or type(qkv) is not Tensor or not qkv.is_cpu or _is_watched() or _is_transformed():
+        return None
+    views = _split(qkv.detach())
+    return direct_attention(*views, mask, bias, dropout_p, scale, dropout_seed, backend, need_lse, qkv)
+
+
+_PACKED_AGAIN = 2**14  # pairs that the backward packs anew sooner than their tile map is allocated and carried over
+
+
+def _is_seed(seed: Any) -> bool:
+    return type(seed) is Tensor and seed.dtype == torch.int64 and seed.dim() == 0 and seed.is_cpu
+
+
+def _cpu_tiles(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> Any:
+    return mask_tiles(dense, len_q, len_k, block_m, block_n, "cpu")
 
 
 attention = _call("attention", 4)

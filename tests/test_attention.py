@@ -7,7 +7,11 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
@@ -538,34 +542,39 @@ def test_bad_input_of_the_packed_form():
         _attention_packed(torch.zeros(2, 7, 3, 4, 8, dtype=torch.int64), **options)
 
 
-# Small problems ------------------------------------------------------------------------------------------------------
-# Without mask, bias and dropout they go to the CPU kernel in one call, past the operator, where nobody would notice.
+# Direct calls --------------------------------------------------------------------------------------------------------
+# Plain CPU tensors go to the CPU kernel in one call, past the operator, where nobody would notice.
 
-SMALL = pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason="the native library is not there")
+NATIVE = pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason="the native library is not there")
 
 
 @pytest.fixture
-def short_ways(monkeypatch):
-    """Counts the problems that the short way has solved."""
-    library, solved = dispatch.load("cpu"), []
-    original = library.attention_forward_small
+def direct(monkeypatch):
+    """Lists what went to the kernels directly: "forward", "backward", and with "not " what did not fit there."""
+    library, calls = dispatch.load("cpu"), []
 
-    def counted(*arguments):
-        result = original(*arguments)
-        solved.append(result is not None)
-        return result
+    def count(name, label):
+        original = getattr(library, name)
 
-    monkeypatch.setattr(library, "attention_forward_small", counted, raising=False)
-    return solved
+        def counted(*arguments):
+            result = original(*arguments)
+            calls.append(label if result is not None else f"not {label}")
+            return result
+
+        monkeypatch.setattr(library, name, counted, raising=False)
+
+    count("attention_direct", "forward")
+    count("attention_backward_direct", "backward")
+    return calls
 
 
 def packed_views(B, H, L, D, dtype):
     return torch.randn(B, L, 3, H, D).to(dtype).permute(2, 0, 3, 1, 4).unbind()
 
 
-@SMALL
+@NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_small_problems_get_the_numbers_and_the_layout_of_the_operator(dtype, short_ways):
+def test_direct_calls_give_the_numbers_and_the_layout_of_the_operator(dtype, direct):
     def some(*shape):
         return torch.randn(shape).to(dtype)
 
@@ -575,6 +584,8 @@ def test_small_problems_get_the_numbers_and_the_layout_of_the_operator(dtype, sh
         (some(1, 8, 1, 64), some(1, 2, 130, 64), some(1, 2, 130, 64)),
         packed_views(2, 3, 50, 16, dtype),
         tuple(x.expand(2, 4, 9, 8) for x in (some(1, 1, 9, 8), some(2, 1, 9, 8), some(1, 4, 1, 8))),
+        (some(1, 1, 2, 300), some(1, 1, 3, 300), some(1, 1, 3, 300)),
+        (some(1, 64, 1, 256), some(1, 1, 2049, 256), some(1, 1, 2049, 256)),  # much to merge
     ]
     for tensors in problems:
         for scale in (None, 0.3):
@@ -583,35 +594,282 @@ def test_small_problems_get_the_numbers_and_the_layout_of_the_operator(dtype, sh
                 expected, expected_lse = fastattn.attention(*tensors, scale=scale, return_lse=True)
             assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
             assert out.stride() == expected.stride() and lse.dtype == torch.float32
-    assert short_ways == [True] * 10
+            assert torch.equal(fastattn.attention(*tensors, scale=scale), expected)
+    assert direct == ["forward"] * 28
 
 
-@SMALL
-def test_what_is_not_small_or_plain_takes_the_way_of_every_problem(short_ways):
+def options_of_direct_calls(B=2, H=6, L=50, S=70):
+    """What may be given beside query, key and value of these sizes."""
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(B, S, generator=generator) < 0.7
+    dense = torch.rand(B, H, L, S, generator=generator) < 0.5
+    ids = [torch.randint(3, (B, n), generator=generator) for n in (L, S)]
+    lengths = torch.tensor([S - 9, 0])
+    for align in ("top_left", "bottom_right"):
+        yield f"causal {align}", dict(mask=Mask.causal(align))
+        yield f"window {align}", dict(mask=Mask.window(7, 3, align))
+    yield "causal & window", dict(mask=Mask.causal("bottom_right") & Mask.window(9, None))
+    yield "prefix", dict(mask=Mask.prefix(lengths))
+    yield "lengths", dict(mask=Mask.key_lengths(lengths.int()))
+    yield "one length", dict(mask=Mask.key_lengths([S - 3]))
+    yield "padding", dict(mask=Mask.key_padding(keep) & Mask.causal())
+    yield "padding of every other key", dict(mask=Mask.key_padding(torch.ones(B, 2 * S, dtype=torch.bool)[:, ::2]))
+    yield "segments", dict(mask=Mask.segments(*ids))
+    yield "dense mask", dict(mask=Mask.dense(dense) & Mask.key_lengths(lengths))
+    for name, tensor in {
+        "dense": dense,
+        "of heads": dense[:1],
+        "of batches": dense[:, :1],
+        "(L, S)": dense[0, 0],
+        "(H, 1, S)": dense[0, :, :1],
+        "keys": keep[:, None, None],
+        "(S,)": keep[0],
+        "(L, 1)": dense[0, 0, :, :1],
+        "()": dense[0, 0, 0, 0],
+        "strided": dense.transpose(0, 3).contiguous().transpose(0, 3),
+        "expanded": keep[:, None, None].expand(B, H, L, S),
+        "rows": dense[:, :1].expand(B, H, L, S),
+    }.items():
+        yield f"bool {name}", dict(mask=tensor)
+    for shape in ((B, H, L, S), (1, H, L, S), (L, S), (B, 1, 1, S), (1,), (H, 1, 1)):
+        yield f"bias {shape}", dict(bias=torch.randn(shape, generator=generator))
+    yield "all", dict(mask=dense[:, :1], bias=torch.randn(L, S, generator=generator), dropout_p=0.3)
+    yield "dropout", dict(dropout_p=0.4)
+
+
+DIRECT_OPTIONS = dict(options_of_direct_calls())
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DIRECT_OPTIONS)
+def test_direct_calls_take_masks_bias_and_dropout_as_the_operator_does(name, dtype, direct, poisoned):
+    options = DIRECT_OPTIONS[name]
+    query = torch.randn(2, 6, 50, 16).to(dtype)
+    key, value = torch.randn(2, 3, 70, 16).to(dtype), torch.randn(2, 3, 70, 24).to(dtype)
+    torch.manual_seed(3)
+    out, lse = fastattn.attention(query, key, value, **options, return_lse=True)
+    assert direct == ["forward"]
+    with FlopCounterMode(display=False):
+        torch.manual_seed(3)
+        expected, expected_lse = fastattn.attention(query, key, value, **options, return_lse=True)
+    assert direct == ["forward"]
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+@NATIVE
+@pytest.mark.parametrize("of_lse", [False, True])
+@pytest.mark.parametrize("name", [None, *DIRECT_OPTIONS])
+def test_direct_gradients_are_those_of_the_operator(name, of_lse, direct, poisoned):
+    options = dict(DIRECT_OPTIONS.get(name, {}))
+    inputs = [torch.randn(2, 6, 50, 16), torch.randn(2, 3, 70, 16), torch.randn(2, 3, 70, 24)]
+    inputs += [options.pop("bias")] if "bias" in options else []
+    upstream = torch.randn(2, 6, 50, 24), torch.randn(2, 6, 50)
+
+    def gradients():
+        torch.manual_seed(3)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        bias = leaves[3] if len(leaves) > 3 else None
+        out, lse = fastattn.attention(*leaves[:3], bias=bias, **options, return_lse=True)
+        return out, *torch.autograd.grad((out, lse) if of_lse else out, leaves, upstream if of_lse else upstream[0])
+
+    found = gradients()
+    assert direct == ["forward", "backward"]
+    with FlopCounterMode(display=False):
+        expected = gradients()
+    assert direct == ["forward", "backward"]
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+    assert [x.stride() for x in found] == [x.stride() for x in expected]
+
+
+@NATIVE
+@pytest.mark.parametrize("name", ["causal top_left", "lengths", "bool (L, S)", "bias (6, 1, 1)", "all"])
+def test_packed_direct_calls_are_those_of_the_operator(name, direct, poisoned):
+    options = {
+        k: x[..., :50] if isinstance(x, torch.Tensor) and x.shape[-1:] == (70,) else x
+        for k, x in DIRECT_OPTIONS[name].items()
+    }
+    inputs = [torch.randn(2, 50, 3, 6, 16)] + ([options.pop("bias")] if "bias" in options else [])
+    options = dict(mask=None, dropout_p=0.0, scale=None, backend=None) | options
+
+    def run():
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        arguments = options | dict(dropout_seed=torch.tensor(5), bias=leaves[1] if len(leaves) > 1 else None)
+        out, lse = _attention_packed(leaves[0], **arguments)
+        first = torch.autograd.grad(out.sum() + lse.clamp(-9, 9).sum(), leaves, retain_graph=True)
+        again = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(again[0].square().sum(), leaves)
+        with torch.no_grad():
+            alone, _ = _attention_packed(leaves[0], **arguments, need_lse=False)
+        return out, lse, *first, *again, *second, alone
+
+    found = run()
+    assert direct == ["forward", "backward", "backward", "forward"]
+    with FlopCounterMode(display=False):
+        expected = run()
+    assert len(direct) == 4 and all(map(torch.equal, found, expected))
+    assert [x.stride() for x in found] == [x.stride() for x in expected]
+
+
+@NATIVE
+def test_only_the_gradients_that_are_needed_come(direct):
+    query, key, value = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    key.requires_grad_()
+    bias = torch.randn(9, 9, requires_grad=True)
+    out, lse = fastattn.attention(query, key, value, bias=bias, return_lse=True)
+    assert out.requires_grad and lse.requires_grad
+    assert torch.autograd.grad(lse.sum(), bias, retain_graph=True)[0].shape == bias.shape
+    out.sum().backward()
+    assert query.grad is None and value.grad is None and key.grad is not None and bias.grad.shape == bias.shape
+    assert direct == ["forward", "backward", "backward"]
+    with torch.no_grad():
+        assert not fastattn.attention(query, key, value, bias=bias).requires_grad
+
+
+@NATIVE
+@pytest.mark.parametrize("name", ["causal top_left", "lengths", "bool (L, S)", "bool expanded", "bias (50, 70)", "all"])
+def test_direct_gradients_can_be_differentiated_again(name, direct):
+    """As the operators' own, which make them then, to the last bit."""
+    options = dict(DIRECT_OPTIONS[name])
+    inputs = [torch.randn(2, 6, 50, 8), torch.randn(2, 3, 70, 8), torch.randn(2, 3, 70, 8)]
+    inputs += [options.pop("bias")] if "bias" in options else []
+
+    def second():
+        torch.manual_seed(3)
+        leaves = [x.double().requires_grad_() for x in inputs]
+        bias = leaves[3] if len(leaves) > 3 else None
+        out = fastattn.attention(*leaves[:3], bias=bias, **options)
+        first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        return *first, *torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+
+    found = second()
+    assert direct == ["forward", "backward"]  # the latter along the way from the first gradient's own derivative
+    with FlopCounterMode(display=False):
+        expected = second()
+    assert len(direct) == 2
+    assert all(map(torch.equal, found, expected))
+
+
+@NATIVE
+def test_graphs_of_direct_calls_behave_as_any(direct):
+    x = torch.randn(1, 2, 9, 8, requires_grad=True)
+    seen = []
+    x.register_hook(lambda gradient: seen.append("x"))
+    out = fastattn.attention(x, x, x)
+    out.register_hook(lambda gradient: 2 * gradient)
+    (first,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    (again,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(first, again) and seen == ["x", "x"]
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out.sum(), x)
+    plain = fastattn.attention(x, x, x)
+    assert torch.equal(2 * torch.autograd.grad(plain.sum(), x)[0], first)
+    scaled = x * 1.0
+    out = fastattn.attention(scaled, x, x)
+    scaled.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t.numpy(force=True), torch.from_numpy):
+        out = fastattn.attention(x, x, x)
+    assert len(packed) == 5 and torch.equal(torch.autograd.grad(out.sum(), x)[0], first / 2)
+    assert set(direct) == {"forward", "backward"}
+
+
+@NATIVE
+@pytest.mark.parametrize("shape", [(9, 9), (1, 1, 1, 9), (1, 2, 200, 200)])
+def test_a_mask_changed_after_the_call_does_not_change_the_gradient(shape, direct):
+    x = torch.randn(1, 2, shape[-1], 8, requires_grad=True)
+    keep = torch.rand(shape) < 0.5
+    (expected,) = torch.autograd.grad(fastattn.attention(x, x, x, mask=keep.clone()).square().sum(), x)
+    out = fastattn.attention(x, x, x, mask=keep)
+    keep.fill_(True)
+    assert torch.equal(torch.autograd.grad(out.square().sum(), x)[0], expected)
+    assert direct == ["forward", "backward"] * 2
+
+
+class Doubled(torch.Tensor):
+    """A tensor that means more than its memory."""
+
+
+class Watcher(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+class FunctionWatcher(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "context",
+    [
+        Watcher,
+        FunctionWatcher,
+        FakeTensorMode,
+        lambda: torch.autocast("cpu"),
+        lambda: fastattn.use_backend("reference"),
+        torch.autograd.profiler.profile,
+        torch.autograd.forward_ad.dual_level,
+    ],
+)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_whoever_watches_sees_operators(context, requires_grad, direct):
+    with context():
+        x = torch.randn(1, 2, 9, 8, requires_grad=requires_grad)
+        out = fastattn.attention(x, x, x, mask=Mask.causal())
+        if requires_grad:
+            out.sum().backward()
+            assert x.grad is not None
+    assert direct == []
+
+
+@NATIVE
+def test_transforms_and_tracers_see_operators(direct):
+    x = torch.randn(3, 1, 2, 9, 8)
+    torch.func.vmap(fastattn.attention)(x, x, x)
+    torch.func.grad(lambda y: fastattn.attention(y, y, y).sum())(x[0])
+    torch.jit.trace(lambda y: fastattn.attention(y, y, y), x[0], check_trace=False)
+    make_fx(lambda y: fastattn.attention(y, y, y))(x[0])
+    torch.compile(lambda y: fastattn.attention(y, y, y, mask=Mask.causal()), backend="eager", fullgraph=True)(x[0])
+    fastattn.attention(*[x[0].as_subclass(Doubled)] * 3)
+    fastattn.attention(x[0], x[0], x[0], mask=torch.ones(9, 9, dtype=torch.bool).as_subclass(Doubled))
+    fastattn.attention(x[0], x[0], x[0], bias=torch.ones(9, 9).as_subclass(Doubled))
+    assert direct == []
+    x = x[0].requires_grad_()
+    out = fastattn.attention(x, x, x)
+    assert direct == ["forward"]
+    with Watcher():
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+    assert counter.get_total_flops() > 0
+    torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True, retain_graph=True)
+    assert "backward" not in direct
+    torch.autograd.grad(out.sum(), x)
+    assert direct[-1] == "backward"
+
+
+@NATIVE
+def test_what_does_not_fit_takes_the_way_of_every_problem(direct):
     x = torch.randn(1, 2, 9, 8)
     transposed = torch.randn(1, 2, 8, 9).transpose(2, 3)  # its last dimension is not contiguous
     fastattn.attention(transposed, x, x)
-    fastattn.attention(torch.randn(1, 1, 2, 300), torch.randn(1, 1, 2, 300), torch.randn(1, 1, 2, 300))
     fastattn.attention(x[:, :, :0], x, x)
     fastattn.attention(x, x[:, :, :0], x[:, :, :0])
-    fastattn.attention(torch.randn(4, 8, 300, 64), *torch.randn(2, 4, 8, 300, 64))
-    fastattn.attention(torch.randn(1, 64, 1, 256), *torch.randn(2, 1, 1, 8192, 256))  # much to merge
-    assert short_ways == [False] * 6
-    with torch.autocast("cpu"):
-        assert fastattn.attention(x, x, x).dtype == torch.bfloat16
-    fastattn.attention(x, x, x, backend="cpu")
-    with fastattn.use_backend("cpu"):
-        fastattn.attention(x, x, x)
-    fastattn.attention(x, x, x, dropout_p=0.5)
-    fastattn.attention(x, x, x, mask=Mask.causal())
-    assert fastattn.attention(x.requires_grad_(), x, x).requires_grad
-    assert len(short_ways) == 6
-    with torch.no_grad():
-        fastattn.attention(x, x, x)
-    assert short_ways[6:] == [True]
+    fastattn.attention(torch.randn(1, 1, 2, 600), torch.randn(1, 1, 2, 600), torch.randn(1, 1, 2, 600))
+    assert direct == ["not forward"] * 4
+    for backend in ("reference", "cpu"):
+        fastattn.attention(x, x, x, backend=backend)
+        with fastattn.use_backend(backend):
+            fastattn.attention(x, x, x)
+    assert len(direct) == 4
 
 
-@SMALL
+@NATIVE
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize(
     "change,error",
     [
@@ -623,12 +881,27 @@ def test_what_is_not_small_or_plain_takes_the_way_of_every_problem(short_ways):
         (dict(value=torch.randn(9, 8)), ValueError),
         (dict(value=torch.randn(1, 2, 9, 8, dtype=torch.float64)), TypeError),
         (dict(query=torch.ones(1, 2, 9, 8, dtype=torch.int64)), TypeError),
+        (dict(query="query"), TypeError),
         (dict(scale=float("inf")), ValueError),
         (dict(scale=True), TypeError),
         (dict(dropout_p=False), TypeError),
+        (dict(dropout_p=1.0), ValueError),
+        (dict(mask=torch.ones(9, 8, dtype=torch.bool)), ValueError),
+        (dict(mask=torch.ones(8, 1).bool().expand(8, 9)), ValueError),
+        (dict(mask=torch.ones(1, 1, 1, 9, 9, dtype=torch.bool)), ValueError),
+        (dict(mask=torch.ones(9, 9)), TypeError),
+        (dict(mask=[[True]]), TypeError),
+        (dict(mask=(None,) * 7), TypeError),
+        (dict(mask=Mask.key_lengths([1, 2])), ValueError),
+        (dict(mask=Mask.key_padding(torch.ones(1, 8, dtype=torch.bool))), ValueError),
+        (dict(bias=torch.randn(9, 8)), ValueError),
+        (dict(bias=torch.randn(1, 1, 1, 9, 9)), ValueError),
+        (dict(bias=torch.randn(9, 9, dtype=torch.float16)), TypeError),
+        (dict(bias=1.0), TypeError),
+        (dict(backend="gpu"), ValueError),
     ],
 )
-def test_bad_small_problems_are_refused_as_any(change, error):
-    x = torch.randn(1, 2, 9, 8)
+def test_bad_direct_calls_are_refused_as_any(change, error, requires_grad):
+    x = torch.randn(1, 2, 9, 8, requires_grad=requires_grad)
     with pytest.raises(error, match="|".join(name for name in change)):
         fastattn.attention(**(dict(query=x, key=x, value=x) | change))

@@ -31,8 +31,8 @@ _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.flo
 _KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}  # LossKind
 _REDUCTIONS = {"masked_mean": 0, "sum": 1, "mean": 2, "none": 3}  # Reduction
 
-_SMALL_QUERY = 2**16  # elements of a query for which the shortest way is worth a look
 _MAPPED_BYTES = 2**25  # the largest block that glibc's malloc may keep for the next use
+_CPU = torch.device("cpu")
 
 _Ref = tuple[int, tuple[int, ...], int]  # a TensorRef: data pointer, strides in elements, dtype code
 
@@ -555,6 +555,7 @@ class CpuLibrary(Library):
     def __init__(self, module: ModuleType) -> None:
         super().__init__(module)
         module.level()  # one that cannot be had is a ValueError that names FASTATTN_CPU_LEVEL, not a quiet fall back
+        module.set_torch((Tensor, torch.nn.Parameter), (*_DTYPE_CODES, torch.int64, torch.bool))
 
     def info(self) -> dict[str, Any]:
         """The "level" in use, the "levels" this CPU can run, "compiler", "openmp" (version or None) and "threads"."""
@@ -570,32 +571,71 @@ class CpuLibrary(Library):
             self._module.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
         return tensor
 
-    def attention_forward_small(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """`attention_forward` without mask, bias and dropout by the shortest way. None, and nothing was computed, for
-        tensors that do not make a problem and for problems whose kernel takes far longer than the way to it."""
-        dtype = query.dtype
-        code = _DTYPE_CODES.get(dtype)
+    # Attention and its gradient in one call into the library, for plain CPU tensors. None or False, and nothing was
+    # computed, where something does not fit: csrc/bindings.cpp looks at all that the kernels rely on.
+
+    def attention_direct(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        mask: KernelMask | Tensor | None,
+        scale: float | None,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        need_lse: bool,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """`attention_forward`; `mask` may also be a bool tensor broadcastable to (B, Hq, L, S)."""
         query_shape, value_shape = query.shape, value.shape
-        if code is None or key.dtype != dtype or value.dtype != dtype or not 0 < query.numel() <= _SMALL_QUERY:
-            return None
         if len(query_shape) != 4 or len(value_shape) != 4:
             return None
         batch, heads, length, dim = query_shape
+        if scale is None:
+            if not dim:
+                return None
+            scale = dim**-0.5
         dim_v = value_shape[3]
         row = heads * dim_v
-        out = torch.empty_strided(
-            (batch, heads, length, dim_v), (length * row, dim_v, row, 1), dtype=dtype, device="cpu"
-        )
-        lse = torch.empty((batch, heads, length), dtype=_accumulation_dtype(dtype), device="cpu")
-        fits = self._module.attention_forward_small(
-            *((query.data_ptr(), query.stride(), code), query_shape),
-            *((key.data_ptr(), key.stride(), code), key.shape),
-            *((value.data_ptr(), value.stride(), code), value_shape),
-            *(dim**-0.5 if scale is None else scale, out.data_ptr(), lse.data_ptr(), torch.get_num_threads()),
+        out = query.new_empty_strided((batch, heads, length, dim_v), (length * row, dim_v, row, 1))
+        lse = query.new_empty((batch, heads, length), dtype=_accumulation_dtype(query.dtype)) if need_lse else None
+        fits = self._module.attention_direct(
+            *(query, key, value, bias, mask, scale, dropout_p),
+            0 if dropout_seed is None else self._seed(dropout_seed, _CPU),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            torch.get_num_threads(),
         )
         return (out, lse) if fits else None
+
+    def attention_backward_direct(
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        bias: Tensor | None,
+        mask: KernelMask | None,
+        scale: float,
+        dropout_p: float,
+        dropout_seed: Tensor | None,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+        need_grad_bias: bool,
+    ) -> tuple[Tensor | None] | None:
+        """`attention_backward`; the gradient of bias comes in a tuple."""
+        grad_bias = self._prepare_output(_new_grad_bias(bias, query, key, need_grad_bias))
+        fits = self._module.attention_backward_direct(
+            *(_unit_stride(grad_out), grad_lse, query, key, value, out, lse, bias, mask, scale, dropout_p),
+            0 if dropout_seed is None else self._seed(dropout_seed, _CPU),
+            *(grad_query, grad_key, grad_value, grad_bias),
+            torch.get_num_threads(),
+        )
+        return (None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),) if fits else None
 
     # Additive attention
 

@@ -191,6 +191,8 @@ def _refuse_write() -> NoReturn:
 def _mask_of(parts: AttentionMask) -> Mask:
     """The mask as the kernels take it."""
     # Not a method: Dynamo traces a method of a tensor as an operator.
+    if parts.left == UNLIMITED and parts.right == 0 and parts.key_keep is None and parts.query_segments is None:
+        return Mask.causal()
     terms: list[Term] = []
     if parts.left != UNLIMITED or parts.right != UNLIMITED:
         terms.append(Band(parts.left, parts.right, "top_left"))
@@ -437,7 +439,7 @@ def attention_forward(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
 
-    mask: Mask | None = None
+    mask: Mask | Tensor | None = None
     bias = position_bias
     if attention_mask is None:
         if is_causal and len_q > 1:
@@ -450,7 +452,7 @@ def attention_forward(
             )
         mask = _mask_of(attention_mask)
     elif attention_mask.dtype == torch.bool:
-        mask = Mask.dense(attention_mask)
+        mask = attention_mask
     elif attention_mask.is_floating_point():
         bias = attention_mask if bias is None else bias + attention_mask
     else:
@@ -463,13 +465,13 @@ def attention_forward(
     if dropout == 1.0:
         # Every weight dropped: what a query that may attend to nothing gives.
         mask, dropout = Mask.key_lengths(torch.zeros(1, dtype=torch.int64, device=query.device)), 0.0
-    seed = _draw_seed(dropout, query.device)
-    options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "dropout_p": dropout, "dropout_seed": seed}
-    out, lse = _attention_with_seed(query, key, value, **options, backend=None)
-    weights = None
-    if _wants_weights(kwargs):
-        weights = attention_weights(query, key, lse, average_heads=False, **options)
+    seed = _draw_seed(dropout, query.device) if dropout else None
+    wanted = _wants_weights(kwargs)
     sinks = kwargs.get("sinks") if s_aux is None else s_aux
+    options: dict[str, Any] = {"mask": mask, "bias": bias, "scale": scaling, "dropout_p": dropout, "dropout_seed": seed}
+    need_lse = wanted or sinks is not None
+    out, lse = _attention_with_seed(query, key, value, **options, backend=None, need_lse=need_lse)
+    weights = attention_weights(query, key, lse, average_heads=False, **options) if wanted else None
     if sinks is not None:
         # A sink adds exp(sink) to the denominator exp(lse): everything shrinks by exp(lse) / (exp(lse) + exp(sink)).
         sinks = sinks.view(1, -1, 1) if sinks.dim() == 1 else sinks.squeeze(-1)
@@ -495,7 +497,9 @@ def _refuse(softcap: float | None, cache: Any, kwargs: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be None: attn_implementation='fastattn' would ignore it; use {instead}")
 
 
-def _within_sequences(mask: Mask | None, len_q: int, len_k: int, kwargs: dict[str, Any]) -> Mask | None:
+def _within_sequences(
+    mask: Mask | Tensor | None, len_q: int, len_k: int, kwargs: dict[str, Any]
+) -> Mask | Tensor | None:
     """`mask` within the sequences of a pack, where the model is told their starts."""
     starts_q, starts_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if starts_q is None:
@@ -507,7 +511,9 @@ def _within_sequences(mask: Mask | None, len_q: int, len_k: int, kwargs: dict[st
             f"cu_seq_lens_q must be None where keys come from a cache, got {len_q} queries and {len_k} keys"
         )
     sequences = Mask.segments(_segment_ids(starts_q, len_q, outside=-1), _segment_ids(starts_k, len_k, outside=-2))
-    return sequences if mask is None else mask & sequences
+    if mask is None:
+        return sequences
+    return (Mask.dense(mask) if isinstance(mask, Tensor) else mask) & sequences
 
 
 def _wants_weights(kwargs: dict[str, Any]) -> bool:
