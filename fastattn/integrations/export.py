@@ -163,6 +163,15 @@ def _masked_loss(input: Tensor, target: Tensor, mask: Tensor, *rest: Any) -> tup
     return loss, reference_loss.differentiable_gradient(input, target, mask, *options)
 
 
+def _linear_masked_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    *rest, need_grad, _ = arguments
+    loss, nothing = reference_loss.differentiable_linear_loss(*rest), rest[0].new_empty(0)
+    if not any(need_grad):
+        return loss, nothing, nothing, nothing, nothing
+    gradients = reference_loss.differentiable_linear_gradients(*rest)
+    return loss, *(nothing if g is None or not need else g for g, need in zip(gradients, need_grad, strict=True))
+
+
 def _additive_attention(
     query: Tensor, key: Tensor, value: Tensor, score_weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
@@ -191,5 +200,6 @@ _FORMULAS: dict[str, Callable] = {
     "attention_weights": _attention_weights,
     "mask_tiles": _mask_tiles,
     "masked_loss": _masked_loss,
+    "linear_masked_loss": _linear_masked_loss,
     "additive_attention": _additive_attention,
 }
