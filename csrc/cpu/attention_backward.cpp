@@ -49,12 +49,14 @@ struct Plan {
   int64_t batches, heads;            // of a work item, counted in groups
   int64_t chunks, items;
   bool query_in_place;               // dQ is summed where it will lie
+  int threads;
 };
 
 template <typename T>
 static Plan make_plan(const AttentionBackwardParams& p) {
   Plan plan;
   const bool over_batch = p.grad_bias && p.grad_bias.stride[0] == 0, over_heads = p.grad_bias && p.grad_bias.stride[1] == 0;
+  plan.threads = useful_threads(p, 2.5);
   plan.query_heads = p.heads_kv ? p.heads_q / p.heads_kv : 0;
   plan.batches = over_batch ? p.batch : min64(p.batch, 1);
   plan.heads = over_heads ? p.heads_kv : min64(p.heads_kv, 1);
@@ -63,10 +65,10 @@ static Plan make_plan(const AttentionBackwardParams& p) {
   plan.chunks = 1;
   // A bias gradient summed over the keys would be shared by the chunks.
   const bool divisible = !p.grad_bias || p.grad_bias.stride[3] != 0;
-  if (owners && p.num_threads > 1 && owners < kItemsPerThread * p.num_threads && divisible) {
+  if (owners && plan.threads > 1 && owners < kItemsPerThread * plan.threads && divisible) {
     // The parts of dQ stay below half of what the scores would take.
     const int64_t affordable = min64(kMaxChunks, p.len_k / (2 * max64(1, p.dim_qk)));
-    plan.chunks = max64(1, min64(min64(tiles, affordable), (kItemsPerThread * p.num_threads + owners - 1) / owners));
+    plan.chunks = max64(1, min64(min64(tiles, affordable), (kItemsPerThread * plan.threads + owners - 1) / owners));
   }
   plan.items = owners * plan.chunks;
   plan.query_in_place = plan.chunks == 1 && rows_in_place<T>(p.grad_query.dtype, p.grad_query.stride[2], static_cast<int>(p.dim_qk));
@@ -440,7 +442,7 @@ static int64_t workspace_bytes(const AttentionBackwardParams& p) {
   Arena shared(nullptr), thread(nullptr);
   carve_shared<T>(shared, p, plan);
   carve<T>(thread, p, plan);
-  return kAlignment + shared.used + p.num_threads * thread.used;
+  return kAlignment + shared.used + plan.threads * thread.used;
 }
 
 template <typename T>
@@ -456,7 +458,7 @@ static void run(const AttentionBackwardParams& p) {
   for (int64_t n = 0; n < plan.items; ++n) shared.cost[n] = has_mask(p.mask) ? item_cost(p, plan, shared.lists, n) : 0;
   order_by_cost(shared.order, shared.cost, plan.items);
 
-  const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
+  const int threads = static_cast<int>(min64(plan.items, effective_threads(plan.threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena own(scratch + thread_number() * thread_bytes);

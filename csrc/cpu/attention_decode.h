@@ -230,7 +230,7 @@ struct DecodeWorkspace {
 template <typename T>
 static int64_t decode_workspace_bytes(const AttentionForwardParams& p) {
   const DecodeWorkspace<T> space(nullptr, p, make_decode_plan(p));
-  return kAlignment + space.shared_bytes + p.num_threads * space.thread_bytes;
+  return kAlignment + space.shared_bytes + useful_threads(p, 1.0) * space.thread_bytes;
 }
 
 template <typename T>
@@ -246,7 +246,7 @@ static void decode(const AttentionForwardParams& p) {
   const ScoreScale<T> to(p);
   const int64_t group = p.heads_q / p.heads_kv;
 
-  [[maybe_unused]] const int threads = static_cast<int>(min64(items, effective_threads(p.num_threads)));
+  [[maybe_unused]] const int threads = static_cast<int>(min64(items, effective_threads(useful_threads(p, 1.0))));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena own(base + space.shared_bytes + thread_number() * space.thread_bytes);

@@ -37,17 +37,19 @@ struct Plan {
   int64_t rows_per_item;
   int64_t items_per_head;
   int64_t items;
+  int threads;
 };
 
 template <typename T>
 static Plan make_plan(const AttentionForwardParams& p) {
   const int64_t tiles = (p.len_q + kTileM - 1) / kTileM, heads = p.batch * p.heads_q;
+  const int threads = useful_threads(p, 1.0);
   const int64_t tile_bytes = kTileM * (p.dim_qk + p.dim_v) * static_cast<int64_t>(sizeof(T));
   int64_t sub_tiles = max64(1, min64(kMaxSubTiles, kItemBytes / max64(1, tile_bytes)));
-  while (sub_tiles > 1 && heads * ((tiles + sub_tiles - 1) / sub_tiles) < kItemsPerThread * p.num_threads) --sub_tiles;
+  while (sub_tiles > 1 && heads * ((tiles + sub_tiles - 1) / sub_tiles) < kItemsPerThread * threads) --sub_tiles;
   const int64_t items_per_head = (tiles + sub_tiles - 1) / sub_tiles;
   if (items_per_head) sub_tiles = (tiles + items_per_head - 1) / items_per_head;  // even items
-  return {static_cast<int>(sub_tiles), sub_tiles * kTileM, items_per_head, heads * items_per_head};
+  return {static_cast<int>(sub_tiles), sub_tiles * kTileM, items_per_head, heads * items_per_head, threads};
 }
 
 // Scratch of one thread. Leading dimensions: rows of O and V take ld_v, rows of K and Q ld_k, rows of S^T and Q^T the
@@ -416,7 +418,7 @@ static int64_t workspace_bytes(const AttentionForwardParams& p) {
   shared.take<int64_t>(plan.items);
   carve_live_keys(shared, p, can_gather(p));
   carve<T>(thread, p, plan);
-  return kAlignment + shared.used + p.num_threads * thread.used;
+  return kAlignment + shared.used + plan.threads * thread.used;
 }
 
 template <typename T>
@@ -439,8 +441,8 @@ static void run(const AttentionForwardParams& p) {
   }
 
   // Small items follow each other in memory: a thread takes some in a row.
-  [[maybe_unused]] const int64_t run_length = sorted ? 1 : max64(1, min64(8, plan.items / (8 * max64(1, p.num_threads))));
-  [[maybe_unused]] const int threads = static_cast<int>(min64(plan.items, effective_threads(p.num_threads)));
+  [[maybe_unused]] const int64_t run_length = sorted ? 1 : max64(1, min64(8, plan.items / (8 * plan.threads)));
+  [[maybe_unused]] const int threads = static_cast<int>(min64(plan.items, effective_threads(plan.threads)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena own(scratch + thread_number() * thread_bytes);

@@ -1,5 +1,5 @@
-// Which thread this is, and the order of the work items: long ones first, so that no thread is left with a long one at the
-// end.
+// How many threads are worth waking, which thread this is, and the order of the work items: long ones first, so that no thread
+// is left with a long one at the end.
 #pragma once
 
 #if defined(_OPENMP)
@@ -17,6 +17,15 @@ static inline int thread_number() {
 #else
   return 0;
 #endif
+}
+
+// Threads for a problem that forms `products` times K Q^T and P V without a mask: each is given 2^19 multiply-adds, 10 us, or
+// elements of K and V that take as long to read. By the problem and the number of threads alone: plans may depend on it.
+static int useful_threads(const AttentionParams& p, double products) {
+  const double group = p.heads_kv ? static_cast<double>(p.heads_q / p.heads_kv) : 0.0, rows = group * static_cast<double>(p.len_q);
+  const double elements = static_cast<double>(p.batch * p.heads_kv) * static_cast<double>(p.len_k) * static_cast<double>(p.dim_qk + p.dim_v);
+  const double shares = products * elements * (rows > 16.0 ? rows : 16.0) / (1 << 19);
+  return p.num_threads <= 1 || shares < 2.0 ? 1 : shares >= p.num_threads ? p.num_threads : static_cast<int>(shares);
 }
 
 // order = the items 0 .. count - 1 by falling cost (>= 0), equal ones in their own order: a counting sort in 64 classes.
