@@ -19,7 +19,7 @@ import torch
 from fastattn import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
-LEVELS = ("baseline", "avx2", "avx512", "neon")
+LEVELS = ("baseline", "avx2", "avx512", "avx512bf16", "neon")
 
 needs_native = pytest.mark.skipif(
     dispatch.NATIVE_FAILURE is not None, reason=f"the native library is not there: {dispatch.NATIVE_FAILURE}"
@@ -231,14 +231,14 @@ from fastattn import Mask, dispatch
 torch.set_num_threads(1)
 print(dispatch.load("cpu").info()["level"])
 
-def same(backend_to_tensors):
+def same(backend_to_tensors, rtol=1e-4, atol=2e-5):
     for found, wanted in zip(backend_to_tensors("cpu"), backend_to_tensors("reference"), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol)
 
-def attend(backend):
+def attend(backend, dtype=torch.float32):
     torch.manual_seed(3)
-    q = torch.randn(2, 4, 70, 40, requires_grad=True)
-    k, v = (torch.randn(2, 2, 90, 40, requires_grad=True) for _ in range(2))
+    q = torch.randn(2, 4, 70, 40, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(2, 2, 90, 40, dtype=dtype, requires_grad=True) for _ in range(2))
     bias = torch.randn(4, 1, 90, requires_grad=True)
     mask = Mask.causal("bottom_right") & Mask.key_lengths([90, 61]) & Mask.dense(torch.rand(70, 90) < 0.8)
     out, lse = fastattn.attention(q, k, v, mask=mask, bias=bias, dropout_p=0.2, return_lse=True, backend=backend)
@@ -256,6 +256,7 @@ def loss(backend):
     return loss, x.grad
 
 same(attend)
+same(lambda backend: attend(backend, torch.bfloat16), 2e-2, 2e-2)
 same(loss)
 """
     assert run_python(program, FASTATTN_CPU_LEVEL=level).strip() == level

@@ -35,6 +35,7 @@
 #include "../core/softmax.h"
 #include "bias.h"
 #include "live_keys.h"
+#include "pairs.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -82,17 +83,20 @@ struct Scratch {
   T *shift, *delta;          // [query heads of a group, L]: lse, and delta
   T* grad_query;             // [query heads of a group, L, ld_k], unless in place or in parts
   T *p, *ds, *bias;          // [kTileM, kTileN]
-  T *key_t, *value_t;        // [D, kTileN], [Dv, kTileN]
-  T* value;                  // [kTileN, ld_v], when keys are gathered
-  T *key, *live_key, *grad_key, *grad_value;  // [kTileN, ld]
-  T *query, *grad_out;       // [kTileM, ld]
+  T *grad_key, *grad_value;  // [kTileN, ld]
   T* staging;
+  Operand<T> *key_t, *value_t;   // [depth of D, kTileN], [depth of Dv, kTileN]
+  Operand<T> *key, *live_key;    // [depth of kTileN, ld]
+  Operand<T> *query, *grad_out;  // [kTileM, ld]
+  Operand<T> *gathered_key, *gathered_value;           // [kTileN, ld], when keys are gathered; K only where pairs are multiplied
+  Operand<T> *query_pairs, *grad_out_pairs, *ds_rows;  // where pairs are multiplied: [kTileM / 2, ld], [kTileM, kTileN / 2]
 };
 
 static bool gathers(const AttentionBackwardParams& p) { return can_gather(p) && !p.grad_bias; }
 
 template <typename T>
 static Scratch<T> carve(Arena& arena, const AttentionBackwardParams& p, const Plan& plan) {
+  using Element = Operand<T>;
   constexpr int W = kWidth<T>;
   Scratch<T> s;
   s.ld_k = round_up(static_cast<int>(p.dim_qk), W);
@@ -103,16 +107,20 @@ static Scratch<T> carve(Arena& arena, const AttentionBackwardParams& p, const Pl
   s.p = arena.take<T>(kTileM * kTileN);
   s.ds = arena.take<T>(kTileM * kTileN);
   s.bias = arena.take<T>(p.bias ? kTileM * kTileN : 0);
-  // A product that starts at a later key reads whole vectors past the end of the last row.
-  s.key_t = arena.take<T>(p.dim_qk * kTileN + W);
-  s.value_t = arena.take<T>(p.dim_v * kTileN + W);
-  s.value = arena.take<T>(gathers(p) ? kTileN * s.ld_v : 0);
-  s.key = arena.take<T>(kTileN * s.ld_k);
-  s.live_key = arena.take<T>(kTileN * s.ld_k);
   s.grad_key = arena.take<T>(kTileN * s.ld_k);
   s.grad_value = arena.take<T>(kTileN * s.ld_v);
-  s.query = arena.take<T>(kTileM * s.ld_k);
-  s.grad_out = arena.take<T>(kTileM * s.ld_v);
+  // A product that starts at a later key reads whole vectors past the end of the last row.
+  s.key_t = arena.take<Element>(depth<T>(static_cast<int>(p.dim_qk)) * kTileN + W);
+  s.value_t = arena.take<Element>(depth<T>(static_cast<int>(p.dim_v)) * kTileN + W);
+  s.key = arena.take<Element>(depth<T>(kTileN) * s.ld_k);
+  s.live_key = arena.take<Element>(depth<T>(kTileN) * s.ld_k);
+  s.gathered_key = arena.take<Element>(kPairs<T> && gathers(p) ? kTileN * s.ld_k : 0);
+  s.gathered_value = arena.take<Element>(gathers(p) ? kTileN * s.ld_v : 0);
+  s.query = arena.take<Element>(kTileM * s.ld_k);
+  s.grad_out = arena.take<Element>(kTileM * s.ld_v);
+  s.query_pairs = arena.take<Element>(kPairs<T> ? kTileM / 2 * s.ld_k : 0);
+  s.grad_out_pairs = arena.take<Element>(kPairs<T> ? kTileM / 2 * s.ld_v : 0);
+  s.ds_rows = arena.take<Element>(kPairs<T> ? kTileM * kTileN / 2 : 0);
   s.staging = arena.take<T>(max64(W, 2) * max64(s.ld_k, s.ld_v));
   return s;
 }
@@ -229,7 +237,7 @@ static void prepare_rows(const AttentionBackwardParams& p, const Plan& plan, con
   }
 }
 
-// Rows of a query tile as operands: where they lie, or converted, with `dead` rows zero.
+// Rows of a tile as they lie, or converted, with `dead` rows zero.
 template <typename T>
 static Rows<T> tile_rows(const TensorRef& x, int64_t b, int64_t h, int64_t i0, int rows, int dim, uint64_t dead, T* scratch,
                          int64_t ld) {
@@ -237,6 +245,25 @@ static Rows<T> tile_rows(const TensorRef& x, int64_t b, int64_t h, int64_t i0, i
   if (!dead && rows_in_place<T>(x.dtype, x.stride[2], dim)) return {static_cast<const T*>(tile), x.stride[2]};
   convert_rows(scratch, ld, tile, x.dtype, x.stride[2], rows, dim, dead);
   return {scratch, ld};
+}
+
+// Rows of a query tile as operands: A along the columns, and B along the rows, where `dead` rows are zero.
+template <typename T>
+struct RowOperands {
+  Rows<Operand<T>> a, b;
+};
+
+template <typename T>
+static RowOperands<T> row_operands(const TensorRef& x, int64_t b, int64_t h, int64_t i0, int rows, int dim, uint64_t dead,
+                                   Operand<T>* scratch, [[maybe_unused]] Operand<T>* pairs_scratch, int64_t ld) {
+  if constexpr (kPairs<T>) {
+    const void* const tile = element(x.ptr, x.dtype, b * x.stride[0] + h * x.stride[1] + i0 * x.stride[2]);
+    zip_rows(pairs_scratch, ld, PairRows{tile, x.stride[2]}, 0, rows, dim, dead);
+    return {pair_rows(scratch, ld, tile, x.stride[2], nullptr, rows, dim), {pairs_scratch, ld}};
+  } else {
+    const Rows<T> converted = tile_rows<T>(x, b, h, i0, rows, dim, dead, scratch, ld);
+    return {converted, converted};
+  }
 }
 
 static void* key_row(const TensorRef& x, int64_t b, int64_t h_kv, int64_t j) {
@@ -265,7 +292,8 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
   std::memset(s.grad_value, 0, tile_keys * s.ld_v * sizeof(T));
 
   const bool alone = plan.batches == 1 && (p.grad_bias.stride[1] || p.heads_q == 1);
-  Rows<T> key{nullptr, 0};
+  Rows<Operand<T>> key{nullptr, s.ld_k};
+  PairRows key_pairs{key_row(p.key, b, group.h_kv, position ? 0 : j0), p.key.stride[2]};
   TileMask mask;
   uint64_t kept[kTileM];
   TileTerms<T> terms{static_cast<T>(p.scale), nullptr, 0, nullptr, nullptr, 0, static_cast<T>(1.0 / (1.0 - p.dropout.p))};
@@ -284,14 +312,25 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       if (clears && !overwrites) clear_bias_gradient<T>(p.grad_bias, b, h, i0, tile_rows_count, j0, tile_keys);
       if (!in_range || mask.tile_class == TileClass::kEmpty) continue;
 
-      if (!key.ptr) {
+      if constexpr (kPairs<T>) {
+        if (!key.ptr) {
+          PairRows value_pairs{key_row(p.value, b, group.h_kv, position ? 0 : j0), p.value.stride[2]};
+          if (position) {
+            key_pairs = gather_pairs(s.gathered_key, key_pairs, position, tile_keys, dim_qk);
+            value_pairs = gather_pairs(s.gathered_value, value_pairs, position, tile_keys, dim_v);
+          }
+          transpose_pairs(s.key_t, kTileN, key_pairs.ptr, key_pairs.stride, tile_keys, dim_qk, T(1));
+          transpose_pairs(s.value_t, kTileN, value_pairs.ptr, value_pairs.stride, tile_keys, dim_v, T(1));
+          zip_rows(s.key, s.ld_k, key_pairs, 0, tile_keys, dim_qk, 0), key.ptr = s.key;
+        }
+      } else if (!key.ptr) {
         if (position) {
           gather_rows(s.key, s.ld_k, key_row(p.key, b, group.h_kv, 0), p.key.dtype, p.key.stride[2], position, tile_keys, dim_qk);
-          gather_rows(s.value, s.ld_v, key_row(p.value, b, group.h_kv, 0), p.value.dtype, p.value.stride[2], position, tile_keys,
-                      dim_v);
+          gather_rows(s.gathered_value, s.ld_v, key_row(p.value, b, group.h_kv, 0), p.value.dtype, p.value.stride[2], position,
+                      tile_keys, dim_v);
           key = {s.key, s.ld_k};
           transpose_rows<T>(s.key_t, kTileN, s.key, kComputeDType<T>, s.ld_k, tile_keys, dim_qk, T(1), s.staging);
-          transpose_rows<T>(s.value_t, kTileN, s.value, kComputeDType<T>, s.ld_v, tile_keys, dim_v, T(1), s.staging);
+          transpose_rows<T>(s.value_t, kTileN, s.gathered_value, kComputeDType<T>, s.ld_v, tile_keys, dim_v, T(1), s.staging);
         } else {
           transpose_rows<T>(s.key_t, kTileN, key_row(p.key, b, group.h_kv, j0), p.key.dtype, p.key.stride[2], tile_keys, dim_qk,
                             T(1), s.staging);
@@ -311,12 +350,15 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
         for (int r = top; r < bottom; ++r) dead_rows |= uint64_t{mask.rows[r] == 0} << (r - top);
       }
       const int rows = bottom - top;
-      const Rows<T> query = tile_rows<T>(p.query, b, h, i0 + top, rows, dim_qk, dead_rows, s.query, s.ld_k);
-      const Rows<T> grad_out = tile_rows<T>(p.grad_out, b, h, i0 + top, rows, dim_v, dead_rows, s.grad_out, s.ld_v);
+      const RowOperands<T> query =
+          row_operands<T>(p.query, b, h, i0 + top, rows, dim_qk, dead_rows, s.query, s.query_pairs, s.ld_k);
+      const RowOperands<T> grad_out =
+          row_operands<T>(p.grad_out, b, h, i0 + top, rows, dim_v, dead_rows, s.grad_out, s.grad_out_pairs, s.ld_v);
 
-      gemm_before_bias<T>(rows, keys, dim_qk, query.ptr, query.ld, s.key_t + left, kTileN, s.p, kTileN,
-                          position ? TensorRef{} : p.bias, b, h, i0 + top, rows, j0 + left, keys);
-      gemm<Layout::kRows, T>(rows, keys, dim_v, grad_out.ptr, grad_out.ld, s.value_t + left, kTileN, s.ds, kTileN, false);
+      gemm_before_bias(rows, keys, depth<T>(dim_qk), query.a.ptr, query.a.ld, s.key_t + left, kTileN, s.p, kTileN,
+                       position ? TensorRef{} : p.bias, b, h, i0 + top, rows, j0 + left, keys);
+      gemm<Layout::kRows>(rows, keys, depth<T>(dim_v), grad_out.a.ptr, grad_out.a.ld, s.value_t + left, kTileN, s.ds, kTileN,
+                          false);
 
       const T *const shift = s.shift + g * p.len_q + i0 + top, *const delta = s.delta + g * p.len_q + i0 + top;
       terms.first_bit = left;
@@ -344,18 +386,30 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
       else if (p.grad_bias)
         add_bias_gradient(p.grad_bias, b, h, i0 + top, rows, j0 + left, keys, s.ds);
 
-      gemm<Layout::kTransposed, T>(keys, dim_v, rows, s.p, kTileN, grad_out.ptr, grad_out.ld, s.grad_value + left * s.ld_v, s.ld_v,
-                                   true);
-      gemm<Layout::kTransposed, T>(keys, dim_qk, rows, s.ds, kTileN, query.ptr, query.ld, s.grad_key + left * s.ld_k, s.ld_k,
-                                   true);
-      Rows<T> live_key{key.ptr + left * key.ld, key.ld};
+      Rows<Operand<T>> ds_rows{as_operand(s.ds), kTileN};
+      if constexpr (kPairs<T>) {
+        round_row_pairs(s.p, kTileN, rows, keys);
+        round_both_pairs(s.ds, s.ds_rows, kTileN, rows, keys);
+        ds_rows = {s.ds_rows, kTileN / 2};
+      }
+      gemm<Layout::kTransposed>(keys, dim_v, depth<T>(rows), as_operand(s.p), kTileN, grad_out.b.ptr, grad_out.b.ld,
+                                s.grad_value + left * s.ld_v, s.ld_v, true);
+      gemm<Layout::kTransposed>(keys, dim_qk, depth<T>(rows), as_operand(s.ds), kTileN, query.b.ptr, query.b.ld,
+                                s.grad_key + left * s.ld_k, s.ld_k, true);
+      Rows<Operand<T>> live_key{key.ptr + left / kTerms<Operand<T>> * key.ld, key.ld};
       const uint64_t dead_keys = ~mask.columns >> left & bits_before(keys, 0);
-      if (dead_keys) {
+      if constexpr (kPairs<T>) {
+        if (dead_keys || splits_pairs(left, right, tile_keys)) {
+          zip_rows(s.live_key, s.ld_k, key_pairs, left, keys, dim_qk, dead_keys);
+          live_key.ptr = s.live_key;
+        }
+      } else if (dead_keys) {
         convert_rows(s.live_key, s.ld_k, live_key.ptr, kComputeDType<T>, key.ld, keys, dim_qk, dead_keys);
         live_key = {s.live_key, s.ld_k};
       }
       T* const grad_query = group.grad_query + g * group.stride_head + (i0 + top) * group.stride_row;
-      gemm<Layout::kRows, T>(rows, dim_qk, keys, s.ds, kTileN, live_key.ptr, live_key.ld, grad_query, group.stride_row, true);
+      gemm<Layout::kRows>(rows, dim_qk, depth<T>(keys), ds_rows.ptr, ds_rows.ld, live_key.ptr, live_key.ld, grad_query,
+                          group.stride_row, true);
     }
   }
 
@@ -487,6 +541,19 @@ static void run(const AttentionBackwardParams& p) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  return multiplies_pairs(p) ? workspace_bytes<float>(p) : avx512::attention_backward_workspace(p);
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+  if (multiplies_pairs(p)) run<float>(p);
+  else avx512::attention_backward(p);
+}
+
+#else
+
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
   return p.query.dtype == DType::kFloat64 ? workspace_bytes<double>(p) : workspace_bytes<float>(p);
 }
@@ -495,5 +562,7 @@ void attention_backward(const AttentionBackwardParams& p) {
   if (p.query.dtype == DType::kFloat64) run<double>(p);
   else run<float>(p);
 }
+
+#endif
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

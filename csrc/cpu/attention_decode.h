@@ -23,7 +23,6 @@
 namespace fastattn::cpu::FASTATTN_ISA {
 namespace {
 
-constexpr int64_t kMaxDecodeQueries = 8;
 constexpr int64_t kPartKeys = 8 * kTileN;
 
 static bool is_decoding(const AttentionForwardParams& p) { return p.len_q > 0 && p.len_q <= kMaxDecodeQueries; }

@@ -21,6 +21,7 @@
 #include "bias.h"
 #include "forward_rows.h"
 #include "live_keys.h"
+#include "pairs.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -57,27 +58,32 @@ static Plan make_plan(const AttentionForwardParams& p) {
 template <typename T>
 struct Scratch {
   int64_t ld_k, ld_v;
-  T *query, *out, *row_max, *row_sum;  // per sub-tile
+  Operand<T>* query;         // per sub-tile, like the next three
+  T *out, *row_max, *row_sum;
   T *scores, *rescale;
-  T *key, *key_t, *value, *live_value, *bias, *gathered_bias, *staging;
+  Operand<T> *key, *key_t, *value, *live_value;
+  Operand<T>* gathered_value;  // where pairs are multiplied and keys gathered: rows of V
+  T *bias, *gathered_bias, *staging;
 };
 
 template <typename T>
 static Scratch<T> carve(Arena& arena, const AttentionForwardParams& p, const Plan& plan) {
+  using Element = Operand<T>;
   constexpr int W = kWidth<T>;
   Scratch<T> s;
-  s.ld_k = round_up(static_cast<int>(p.dim_qk), W);
+  s.ld_k = round_up(depth<T>(static_cast<int>(p.dim_qk)), W);
   s.ld_v = round_up(static_cast<int>(p.dim_v), W);
-  s.query = arena.take<T>(plan.sub_tiles * kTileM * s.ld_k);
+  s.query = arena.take<Element>(plan.sub_tiles * kTileM * s.ld_k);
   s.out = arena.take<T>(plan.sub_tiles * kTileM * s.ld_v);
   s.row_max = arena.take<T>(plan.sub_tiles * kTileM);
   s.row_sum = arena.take<T>(plan.sub_tiles * kTileM);
   s.scores = arena.take<T>(kTileN * kTileM);
   s.rescale = arena.take<T>(kTileM);
-  s.key = arena.take<T>(kTileN * s.ld_k);
-  s.key_t = arena.take<T>(p.len_q % kTileM > 0 && p.len_q % kTileM <= kFewRows ? kTileN * s.ld_k : 0);
-  s.value = arena.take<T>(kTileN * s.ld_v);
-  s.live_value = arena.take<T>(kTileN * s.ld_v);
+  s.key = arena.take<Element>(kTileN * s.ld_k);
+  s.key_t = arena.take<Element>(p.len_q % kTileM > 0 && p.len_q % kTileM <= kFewRows ? kTileN * s.ld_k : 0);
+  s.value = arena.take<Element>(depth<T>(kTileN) * s.ld_v);
+  s.live_value = arena.take<Element>(depth<T>(kTileN) * s.ld_v);
+  s.gathered_value = arena.take<Element>(kPairs<T> && can_gather(p) ? kTileN * s.ld_v : 0);
   s.bias = arena.take<T>(p.bias ? kTileN * kTileM : 0);
   s.gathered_bias = arena.take<T>(p.bias && can_gather(p) ? kTileN * kTileM : 0);
   s.staging = arena.take<T>(W * max64(s.ld_k, kTileN));
@@ -168,7 +174,8 @@ struct SubTile {
   int rows, padded_rows;
   bool few;      // rows <= kFewRows: query is Q, else Q^T
   bool started;  // O holds something
-  T *query, *out, *row_max, *row_sum;
+  Operand<T>* query;
+  T *out, *row_max, *row_sum;
 };
 
 // A sub-tile against keys j0 + begin .. j0 + begin + keys - 1 of a tile that is not empty, counted among the live keys where
@@ -178,19 +185,20 @@ struct TilePair {
   int64_t b, h, j0;
   const int32_t* position;  // of the tile's keys where these are gathered, else null
   int begin, keys;
-  Rows<T> key;  // the first of those keys
+  Rows<Operand<T>> key;  // the first of those keys
   const TileMask* mask;
   T scale, to_log2;  // of ScoreTerms
 
   bool partial() const { return mask->tile_class == TileClass::kPartial; }
 };
 
-// Both leave the probabilities in s.scores, and advance row_max, row_sum and s.rescale: first P^T [keys][padded_rows].
+// Both leave the probabilities in s.scores, as an operand, and advance row_max, row_sum and s.rescale: first P^T
+// [depth of the keys][padded_rows].
 template <typename T, typename Prefetch>
 static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, const SubTile<T>& sub, const TilePair<T>& pair,
                           const Prefetch& prefetch) {
   const int ld = sub.padded_rows;
-  gemm_before_bias(pair.keys, sub.rows, static_cast<int>(p.dim_qk), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
+  gemm_before_bias(pair.keys, sub.rows, depth<T>(static_cast<int>(p.dim_qk)), pair.key.ptr, pair.key.ld, sub.query, ld, s.scores, ld,
                    pair.position ? TensorRef{} : p.bias, pair.b, pair.h, sub.i0, sub.rows, pair.j0 + pair.begin, pair.keys);
   prefetch(1);
   ScoreTerms<T> terms{pair.scale, pair.to_log2, nullptr, nullptr, nullptr};
@@ -220,6 +228,7 @@ static void probabilities(const AttentionForwardParams& p, const Scratch<T>& s, 
     softmax_tile<T, true>(s.scores, ld, pair.keys, ld, sub.row_max, sub.row_sum, s.rescale, terms);
   else
     softmax_tile<T, false>(s.scores, ld, pair.keys, ld, sub.row_max, sub.row_sum, s.rescale, terms);
+  if constexpr (kPairs<T>) round_row_pairs(s.scores, ld, pair.keys, ld);
 }
 
 // P [rows][kTileN].
@@ -239,8 +248,14 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
     make_gathered_dropout(dropout_words, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.position, pair.begin + pair.keys);
   else if (p.dropout.p > 0)
     make_dropout_tile(dropout_words, p.dropout, pair.b, pair.h, sub.i0, sub.rows, pair.j0);
-  few_scores(s.scores, pair.key.ptr, kComputeDType<T>, pair.key.ld, pair.keys, sub.query, s.ld_k, sub.rows,
-             static_cast<int>(p.dim_qk), s.key_t, s.staging);
+  const int dim_qk = static_cast<int>(p.dim_qk);
+  if constexpr (kPairs<T>) {
+    transpose_pairs(s.key_t, kTileN, pair.key.ptr, 2 * pair.key.ld, pair.keys, dim_qk, T(1));
+    gemm<Layout::kRows>(sub.rows, pair.keys, depth<T>(dim_qk), sub.query, s.ld_k, s.key_t, kTileN, s.scores, kTileN, false);
+  } else {
+    few_scores(s.scores, pair.key.ptr, kComputeDType<T>, pair.key.ld, pair.keys, sub.query, s.ld_k, sub.rows, dim_qk, s.key_t,
+               s.staging);
+  }
   for (int r = 0; r < sub.rows; ++r) {
     uint64_t allowed = all, kept = all;
     if (pair.partial()) allowed &= pair.mask->rows[r] >> pair.begin;
@@ -249,6 +264,7 @@ static void probabilities_of_few(const AttentionForwardParams& p, const Scratch<
     softmax_row(scores, pair.keys, sub.row_max + r, sub.row_sum + r, s.rescale + r, pair.scale,
                 pair.to_log2, bias.ptr ? bias.ptr + r * bias.ld : nullptr, allowed, kept);
   }
+  if constexpr (kPairs<T>) round_rows(s.scores, kTileN, sub.rows, pair.keys);
 }
 
 // Rows [first, last) of query head h.
@@ -310,7 +326,10 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
     }
     const void* const query = element(p.query.ptr, p.query.dtype,
                                       b * p.query.stride[0] + h * p.query.stride[1] + i0 * p.query.stride[2]);
-    if (sub.few) {
+    if constexpr (kPairs<T>) {
+      if (sub.few) copy_pair_rows(sub.query, s.ld_k, query, p.query.stride[2], nullptr, sub.rows, dim_qk, to.sign);
+      else transpose_pairs(sub.query, sub.padded_rows, query, p.query.stride[2], sub.rows, dim_qk, to.sign);
+    } else if (sub.few) {
       const auto row_of = [&](int r) { return element(query, p.query.dtype, r * p.query.stride[2]); };
       load_few_rows(sub.query, s.ld_k, row_of, p.query.dtype, sub.rows, dim_qk, to.sign);
     } else {
@@ -331,14 +350,21 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
                                          b * p.key.stride[0] + h_kv * p.key.stride[1] + first_key * p.key.stride[2]);
     const void* const value_rows = element(p.value.ptr, p.value.dtype,
                                            b * p.value.stride[0] + h_kv * p.value.stride[1] + first_key * p.value.stride[2]);
-    Rows<T> key{nullptr, s.ld_k}, value{nullptr, s.ld_v};
+    Rows<Operand<T>> key{nullptr, s.ld_k}, value{nullptr, s.ld_v};
+    PairRows value_pairs{value_rows, p.value.stride[2]};
 
     for (int n = 0; n < count; ++n) {
       SubTile<T>& sub = sub_tiles[n];
       if (position) make_gathered_mask(mask, p.mask, b, sub.i0, sub.rows, position, tile_keys);
       else make_tile_mask(mask, p.mask, b, h, sub.i0, sub.rows, j0, tile_keys);
       if (mask.tile_class == TileClass::kEmpty) continue;
-      if (!key.ptr && position) {
+      if constexpr (kPairs<T>) {
+        if (!key.ptr) {
+          key = pair_rows(s.key, s.ld_k, key_rows, p.key.stride[2], position, tile_keys, dim_qk);
+          if (position) value_pairs = gather_pairs(s.gathered_value, value_pairs, position, tile_keys, dim_v);
+          zip_rows(s.value, s.ld_v, value_pairs, 0, tile_keys, dim_v, 0), value.ptr = s.value;
+        }
+      } else if (!key.ptr && position) {
         gather_rows(s.key, s.ld_k, key_rows, p.key.dtype, p.key.stride[2], position, tile_keys, dim_qk), key.ptr = s.key;
         gather_rows(s.value, s.ld_v, value_rows, p.value.dtype, p.value.stride[2], position, tile_keys, dim_v), value.ptr = s.value;
       } else if (!key.ptr) {
@@ -362,19 +388,25 @@ static void run_item(const AttentionForwardParams& p, const Plan& plan, const Sc
         probabilities(p, s, sub, pair, prefetch);
       prefetch(2);
 
-      const T* v = value.ptr + begin * value.ld;
+      const Operand<T>* v = value.ptr + begin / kTerms<Operand<T>> * value.ld;
       int64_t ld_v = value.ld;
       const uint64_t holes = ~mask.columns >> begin & bits_before(keys, 0);
-      if (holes) {
+      if constexpr (kPairs<T>) {
+        if (holes || splits_pairs(begin, end, tile_keys)) {
+          zip_rows(s.live_value, s.ld_v, value_pairs, begin, keys, dim_v, holes);
+          v = s.live_value;
+        }
+      } else if (holes) {
         convert_rows(s.live_value, s.ld_v, v, kComputeDType<T>, value.ld, keys, dim_v, holes);
         v = s.live_value;
         ld_v = s.ld_v;
       }
       if (sub.started) rescale_rows(sub.out, s.ld_v, sub.rows, s.rescale);
       if (sub.few)
-        gemm<Layout::kRows>(sub.rows, dim_v, keys, s.scores, kTileN, v, ld_v, sub.out, s.ld_v, sub.started);
+        gemm<Layout::kRows>(sub.rows, dim_v, depth<T>(keys), as_operand(s.scores), kTileN, v, ld_v, sub.out, s.ld_v, sub.started);
       else
-        gemm<Layout::kTransposed>(sub.rows, dim_v, keys, s.scores, sub.padded_rows, v, ld_v, sub.out, s.ld_v, sub.started);
+        gemm<Layout::kTransposed>(sub.rows, dim_v, depth<T>(keys), as_operand(s.scores), sub.padded_rows, v, ld_v, sub.out, s.ld_v,
+                                  sub.started);
       sub.started = true;
     }
   }
@@ -411,7 +443,8 @@ static int64_t item_cost(const AttentionForwardParams& p, const Plan& plan, cons
 
 template <typename T>
 static int64_t workspace_bytes(const AttentionForwardParams& p) {
-  if (is_decoding(p)) return decode_workspace_bytes<T>(p);
+  if constexpr (!kPairs<T>)
+    if (is_decoding(p)) return decode_workspace_bytes<T>(p);
   const Plan plan = make_plan<T>(p);
   Arena shared(nullptr), thread(nullptr);
   shared.take<int64_t>(plan.items);
@@ -423,7 +456,8 @@ static int64_t workspace_bytes(const AttentionForwardParams& p) {
 
 template <typename T>
 static void run(const AttentionForwardParams& p) {
-  if (is_decoding(p)) return decode<T>(p);
+  if constexpr (!kPairs<T>)
+    if (is_decoding(p)) return decode<T>(p);
   const Plan plan = make_plan<T>(p);
   if (plan.items == 0) return;
   Arena shared(align_pointer(p.workspace)), counter(nullptr);
@@ -457,6 +491,19 @@ static void run(const AttentionForwardParams& p) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+
+int64_t attention_forward_workspace(const AttentionForwardParams& p) {
+  return multiplies_pairs(p) ? workspace_bytes<float>(p) : avx512::attention_forward_workspace(p);
+}
+
+void attention_forward(const AttentionForwardParams& p) {
+  if (multiplies_pairs(p)) run<float>(p);
+  else avx512::attention_forward(p);
+}
+
+#else
+
 int64_t attention_forward_workspace(const AttentionForwardParams& p) {
   return p.query.dtype == DType::kFloat64 ? workspace_bytes<double>(p) : workspace_bytes<float>(p);
 }
@@ -465,5 +512,7 @@ void attention_forward(const AttentionForwardParams& p) {
   if (p.query.dtype == DType::kFloat64) run<double>(p);
   else run<float>(p);
 }
+
+#endif
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

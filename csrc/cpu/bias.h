@@ -48,7 +48,7 @@ static Rows<T> bias_rows(const TensorRef& bias, int64_t b, int64_t h, int64_t i0
 // rows of a bias lie apart, a few cache lines each, so that the hardware does not see them coming, and all at once they would wait
 // for each other.
 template <typename T>
-static void gemm_before_bias(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+static void gemm_before_bias(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, Sum<T>* c, int64_t ldc,
                              const TensorRef& bias, int64_t batch, int64_t h, int64_t i0, int rows, int64_t j0, int keys) {
   constexpr int kParts = 8;
   constexpr int64_t kFarApart = 256;  // elements; nearer rows the hardware does see

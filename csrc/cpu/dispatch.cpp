@@ -38,9 +38,10 @@ struct Kernels {
   void (*linear_masked_loss)(const LinearMaskedLossParams&);
 };
 
-#define FASTATTN_LEVEL(level)                                                                                    \
-  {#level, supports_##level, level::attention_forward_workspace, level::attention_forward,                       \
-   level::attention_backward_workspace, level::attention_backward, level::attention_weights_workspace,           \
+// The kernels of a level; attention itself may come from another one.
+#define FASTATTN_LEVEL(level, attention)                                                                         \
+  {#attention, supports_##attention, attention::attention_forward_workspace, attention::attention_forward,       \
+   attention::attention_backward_workspace, attention::attention_backward, level::attention_weights_workspace,   \
    level::attention_weights, level::attention_weights_backward_workspace, level::attention_weights_backward,     \
    level::mask_tiles, level::masked_loss_workspace, level::masked_loss,                                         \
    level::additive_attention_forward_workspace, level::additive_attention_forward,                               \
@@ -59,21 +60,27 @@ struct Kernels {
   return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+#if defined(FASTATTN_HAVE_AVX512BF16)
+bool supports_avx512bf16() { return supports_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
 #endif
 
 // From the narrowest to the widest.
 constexpr Kernels kLevels[] = {
 #if defined(FASTATTN_HAVE_BASELINE)
-    FASTATTN_LEVEL(baseline),
+    FASTATTN_LEVEL(baseline, baseline),
 #endif
 #if defined(FASTATTN_HAVE_AVX2)
-    FASTATTN_LEVEL(avx2),
+    FASTATTN_LEVEL(avx2, avx2),
 #endif
 #if defined(FASTATTN_HAVE_AVX512)
-    FASTATTN_LEVEL(avx512),
+    FASTATTN_LEVEL(avx512, avx512),
+#endif
+#if defined(FASTATTN_HAVE_AVX512BF16)
+    FASTATTN_LEVEL(avx512, avx512bf16),
 #endif
 #if defined(FASTATTN_HAVE_NEON)
-    FASTATTN_LEVEL(neon),
+    FASTATTN_LEVEL(neon, neon),
 #endif
 };
 static_assert(sizeof kLevels / sizeof kLevels[0] <= kMaxLevels, "kMaxLevels is the longest list of levels");

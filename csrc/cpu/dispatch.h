@@ -5,7 +5,7 @@
 
 namespace fastattn::cpu {
 
-inline constexpr int kMaxLevels = 3;
+inline constexpr int kMaxLevels = 4;
 
 // Names of the levels of this build that this CPU can run, widest last; returns how many.
 int supported_levels(const char* names[kMaxLevels]);

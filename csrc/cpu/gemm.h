@@ -9,6 +9,8 @@
 // m and k are arbitrary. n is arbitrary too, but B and C are touched up to n rounded up to the vector width: the caller pads
 // (ldb, ldc >= round_up(n, kWidth<T>), and B's last row is readable that far).
 //
+// T uint32_t: an element is a pair of bfloat16 numbers, neighbours along k, the sum float; k counts pairs.
+//
 // Register blocks, rows x vectors: with 32 registers 8x3 and 6x4 (24 accumulators), with 16 registers 4x3 and 6x2
 // (12 accumulators, 3 or 2 for B, 1 for the broadcast element).
 #pragma once
@@ -35,14 +37,14 @@ FASTATTN_INLINE int next_block_vectors(int vectors) {
 }
 
 template <typename T, Layout kLayout, int kRows, int kVectors>
-FASTATTN_NOINLINE void gemm_block(int k, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb, T* __restrict c,
+FASTATTN_NOINLINE void gemm_block(int k, const T* __restrict a, int64_t lda, const T* __restrict b, int64_t ldb, Sum<T>* __restrict c,
                        int64_t ldc, bool accumulate) {
   constexpr int W = kWidth<T>;
-  Vec<T> acc[kRows][kVectors];
+  Vec<Sum<T>> acc[kRows][kVectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[i][v] = zero<T>();
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = zero<Sum<T>>();
   }
   for (int p = 0; p < k; ++p) {
     Vec<T> row[kVectors];
@@ -62,8 +64,8 @@ FASTATTN_NOINLINE void gemm_block(int k, const T* __restrict a, int64_t lda, con
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      T* const out = c + i * ldc + v * W;
-      store(out, accumulate ? acc[i][v] + load<T>(out) : acc[i][v]);
+      Sum<T>* const out = c + i * ldc + v * W;
+      store(out, accumulate ? acc[i][v] + load<Sum<T>>(out) : acc[i][v]);
     }
   }
 }
@@ -71,7 +73,7 @@ FASTATTN_NOINLINE void gemm_block(int k, const T* __restrict a, int64_t lda, con
 // All rows of one block of columns, split into blocks of nearly equal height: a short last block would not hide the latency
 // of the multiply-add.
 template <typename T, Layout kLayout, int kVectors>
-static void gemm_columns(int m, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+static void gemm_columns(int m, int k, const T* a, int64_t lda, const T* b, int64_t ldb, Sum<T>* c, int64_t ldc,
                          bool accumulate) {
   constexpr int kMax = block_rows(kVectors);
   while (m > 0) {
@@ -102,11 +104,11 @@ static void gemm_columns(int m, int k, const T* a, int64_t lda, const T* b, int6
 constexpr int kMaxDepth = 128;
 
 template <Layout kLayout, typename T>
-static void gemm(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc,
+static void gemm(int m, int n, int k, const T* a, int64_t lda, const T* b, int64_t ldb, Sum<T>* c, int64_t ldc,
                  bool accumulate) {
-  constexpr int W = kWidth<T>;
-  if (k > kMaxDepth) {
-    const int parts = (k + kMaxDepth - 1) / kMaxDepth, depth = (k + parts - 1) / parts;
+  constexpr int W = kWidth<T>, kDepth = kMaxDepth / kTerms<T>;
+  if (k > kDepth) {
+    const int parts = (k + kDepth - 1) / kDepth, depth = (k + parts - 1) / parts;
     for (int p = 0; p < k; p += depth)
       gemm<kLayout>(m, n, p + depth < k ? depth : k - p, a + (kLayout == Layout::kRows ? p : p * lda), lda, b + p * ldb, ldb,
                     c, ldc, accumulate || p > 0);

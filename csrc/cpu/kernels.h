@@ -6,7 +6,9 @@
 
 // The level this translation unit is compiled for, by the flags it got.
 #ifndef FASTATTN_ISA
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#if defined(__AVX512BF16__)
+#define FASTATTN_ISA avx512bf16
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define FASTATTN_ISA avx512
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define FASTATTN_ISA avx2
@@ -42,6 +44,9 @@ namespace fastattn::cpu {
 inline constexpr int kTileM = 48;
 inline constexpr int kTileN = 64;
 
+// Up to so many queries the forward takes the way of decoding.
+inline constexpr int64_t kMaxDecodeQueries = 8;
+
 FASTATTN_DECLARE_CPU_KERNELS
 
 // Threads a kernel may start: the number asked for, or 1 in a forked child, where OpenMP's threads are gone.
@@ -54,6 +59,10 @@ namespace avx2 {
 FASTATTN_DECLARE_CPU_KERNELS
 }
 namespace avx512 {
+FASTATTN_DECLARE_CPU_KERNELS
+}
+// Kernels of its own for attention of bfloat16 alone; all else is avx512's.
+namespace avx512bf16 {
 FASTATTN_DECLARE_CPU_KERNELS
 }
 namespace neon {

@@ -54,6 +54,12 @@ struct VecOf<double> {
   using words = uint64_t __attribute__((vector_size(kVectorBytes)));
 };
 
+template <>
+struct VecOf<uint32_t> {
+  using type = uint32_t __attribute__((vector_size(kVectorBytes)));
+  using bits = int32_t __attribute__((vector_size(kVectorBytes)));
+};
+
 template <typename T>
 using Vec = typename VecOf<T>::type;
 template <typename T>
@@ -150,6 +156,29 @@ FASTATTN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return a * b + c;
 #endif
 }
+
+// What sums of products of T are kept in, and how many products one element takes part in: a uint32_t is two bfloat16 numbers.
+template <typename T>
+struct SumOf {
+  using type = T;
+  static constexpr int terms = 1;
+};
+template <>
+struct SumOf<uint32_t> {
+  using type = float;
+  static constexpr int terms = 2;
+};
+template <typename T>
+using Sum = typename SumOf<T>::type;
+template <typename T>
+constexpr int kTerms = SumOf<T>::terms;
+
+#if defined(__AVX512BF16__)
+// Both products of every pair added to c. Subnormal operands and results count as zero.
+FASTATTN_INLINE Vec<float> fma(Vec<uint32_t> a, Vec<uint32_t> b, Vec<float> c) {
+  return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+#endif
 
 // a * b rounded, and not contracted by the compiler with what is added to it: for a sum that must be exact where it cancels.
 template <typename V>

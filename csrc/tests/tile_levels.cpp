@@ -1,6 +1,7 @@
-// simd.h, gemm.h and tile.h at the instruction level this file is compiled for; CMake builds it once per level.
+// simd.h, gemm.h, tile.h and pairs.h at the instruction level this file is compiled for; CMake builds it once per level.
 #include <vector>
 
+#include "../cpu/pairs.h"
 #include "../cpu/tile.h"
 #include "check.h"
 
@@ -12,6 +13,9 @@ using fastattn::test::Random;
 namespace {
 
 bool runs_here() {
+#if defined(__AVX512BF16__)
+  if (!__builtin_cpu_supports("avx512bf16")) return false;
+#endif
 #if defined(__AVX512F__)
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
@@ -174,6 +178,97 @@ void test_transpose() {
   }
 }
 
+#if defined(__AVX512BF16__)
+uint16_t bfloat16_bits(float x) { return to_bfloat16(broadcast(x))[0]; }
+float low_number(uint32_t pair) { return from_bfloat16(VecHalves{} + static_cast<uint16_t>(pair))[0]; }
+float high_number(uint32_t pair) { return from_bfloat16(VecHalves{} + static_cast<uint16_t>(pair >> 16))[0]; }
+
+// A product of every layout from operands of every kind, and what is rounded. Rows that count as zero hold NaN; sources end with the
+// last number.
+void test_pairs() {
+  Random random(7);
+  for (int round = 0; round < 300; ++round) {
+    const int m = static_cast<int>(random.integer(1, kTileM)), n = static_cast<int>(random.integer(1, kTileN));
+    const int k = static_cast<int>(random.chance(0.1) ? random.integer(129, 300) : random.integer(1, 90));
+    const int64_t stride = k + random.integer(0, 3);
+    const float sign = random.chance(0.5) ? 1.0f : -1.0f;
+    std::vector<float> a(m * k), b(n * k);
+    const auto numbers = [&](std::vector<float>& x, int rows) {
+      std::vector<uint16_t> bits((rows - 1) * stride + k, 0xffff);
+      for (int r = 0; r < rows; ++r)
+        for (int d = 0; d < k; ++d) {
+          bits[r * stride + d] = bfloat16_bits(static_cast<float>(random.normal()));
+          x[r * k + d] = from_bfloat16(VecHalves{} + bits[r * stride + d])[0];
+        }
+      return bits;
+    };
+    const std::vector<uint16_t> a_bits = numbers(a, m), b_bits = numbers(b, n);
+
+    // C = A B^T along the columns.
+    const int64_t ld = round_up(pairs(k), 16);
+    std::vector<uint32_t> a_scratch(m * ld), b_t(pairs(k) * kTileN, 0x7fc07fc0u);
+    const Rows<uint32_t> rows = pair_rows(a_scratch.data(), ld, a_bits.data(), stride, nullptr, m, k);
+    transpose_pairs(b_t.data(), kTileN, b_bits.data(), stride, n, k, sign);
+    std::vector<float> c(m * kTileN);
+    gemm<Layout::kRows>(m, n, pairs(k), rows.ptr, rows.ld, b_t.data(), kTileN, c.data(), kTileN, false);
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) {
+        double sum = 0.0, size = 0.0;
+        for (int d = 0; d < k; ++d) {
+          const double term = static_cast<double>(sign * a[i * k + d]) * static_cast<double>(b[j * k + d]);
+          sum += term;
+          size += std::fabs(term);
+        }
+        CHECK(std::fabs(static_cast<double>(c[i * kTileN + j]) - sum) <= 8.0 * 1.2e-7 * size);
+      }
+
+    // Rows in pairs, some of them by position, some of them dead.
+    std::vector<int32_t> position(n);
+    for (int32_t& at : position) at = static_cast<int32_t>(random.integer(0, n - 1));
+    const bool gathers = random.chance(0.5);
+    std::vector<uint32_t> gathered(n * pairs(k));
+    PairRows source{b_bits.data(), stride};
+    if (gathers) source = gather_pairs(gathered.data(), source, position.data(), n, k);
+    const int first = static_cast<int>(random.integer(0, n - 1)), count = n - first;
+    const uint64_t dead = random.bits();
+    const int64_t ld_zip = round_up(k, 16);
+    std::vector<uint32_t> zipped(pairs(count) * ld_zip, 0x7fc07fc0u);
+    zip_rows(zipped.data(), ld_zip, source, first, count, k, dead);
+    const auto live = [&](int r, int d) {
+      if (r >= count || d >= k || (dead >> r & 1)) return 0.0f;
+      return b[(gathers ? position[first + r] : first + r) * k + d];
+    };
+    for (int r = 0; r < pairs(count); ++r)
+      for (int d = 0; d < ld_zip; ++d) {
+        CHECK(low_number(zipped[r * ld_zip + d]) == live(2 * r, d));
+        CHECK(high_number(zipped[r * ld_zip + d]) == live(2 * r + 1, d));
+      }
+
+    // Scores rounded, both ways; what lies past the last column must not reach the pairs along the columns.
+    std::vector<float> scores(kTileM * kTileN, std::numeric_limits<float>::quiet_NaN());
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) scores[i * kTileN + j] = static_cast<float>(random.normal());
+    const auto rounded = [&](int i, int j) {
+      return i < m && j < n ? from_bfloat16(to_bfloat16(broadcast(scores[i * kTileN + j])))[0] : 0.0f;
+    };
+    std::vector<float> by_pairs = scores, both = scores, in_rows = scores;
+    std::vector<uint32_t> by_row(kTileM * kTileN / 2);
+    round_row_pairs(by_pairs.data(), kTileN, m, n);
+    round_both_pairs(both.data(), by_row.data(), kTileN, m, n);
+    round_rows(in_rows.data(), kTileN, m, n);
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) {
+        const uint32_t pair = as_operand(by_pairs.data())[i / 2 * kTileN + j];
+        CHECK(low_number(pair) == rounded(i / 2 * 2, j) && high_number(pair) == rounded(i / 2 * 2 + 1, j));
+        CHECK(pair == as_operand(both.data())[i / 2 * kTileN + j]);
+        const uint32_t along = by_row[i * kTileN / 2 + j / 2], in_row = as_operand(in_rows.data())[i * kTileN + j / 2];
+        CHECK(low_number(along) == rounded(i, j / 2 * 2) && high_number(along) == rounded(i, j / 2 * 2 + 1));
+        CHECK(low_number(in_row) == rounded(i, j / 2 * 2));
+      }
+  }
+}
+#endif
+
 void test_tile_bits() {
   Random random(5);
   for (int round = 0; round < 200; ++round) {
@@ -248,6 +343,9 @@ int main() {
   test_halves(DType::kBFloat16, bfloat16_value, 0x7f80);
   test_transpose<float>();
   test_transpose<double>();
+#if defined(__AVX512BF16__)
+  test_pairs();
+#endif
   test_tile_bits();
   test_tile_mask();
   return fastattn::test::result("tiles");

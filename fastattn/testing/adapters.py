@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import dispatch
 from fastattn.masks import Mask
-from fastattn.testing.cases import Problem, Term
+from fastattn.testing.cases import Case, Problem, Term
 from fastattn.testing.compare import open_empty_rows
 from fastattn.testing.oracle import allowed_in
 
@@ -40,6 +41,13 @@ REFUSALS = (NotImplementedError, ValueError, TypeError, RuntimeError, AssertionE
 
 class Unsupported(Exception):
     """The target does not take this problem."""
+
+
+def multiplies_pairs(case: Case) -> bool:
+    """Whether the CPU kernels multiply pairs of bfloat16 numbers for a problem like this. Decoding does not."""
+    if case.dtype != torch.bfloat16 or case.len_q <= 8 or dispatch.NATIVE_FAILURE is not None:
+        return False
+    return bool(dispatch.load("cpu").info()["level"] == "avx512bf16")
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class Target:
     @property
     def tensor_cores(self) -> bool:
         return self.own and self.name in TENSOR_CORE_BACKENDS
+
+    def multiplies_pairs(self, case: Case) -> bool:
+        """Whether the problem meets our CPU kernels that multiply pairs of bfloat16 numbers."""
+        ours = self.name == "cpu" if self.own else getattr(self.function, "__module__", "").startswith("fastattn.")
+        return bool(ours) and multiplies_pairs(case)
 
     @property
     def gives_lse(self) -> bool:

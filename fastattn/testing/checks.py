@@ -269,7 +269,9 @@ class _AttentionRun:
     def _check_values(self, problem: Problem, allowed: Tensor, keep: Tensor | None, seen: Outcome) -> list[Check]:
         case = self.case
         gradients = self.gradients and not seen.backward_refusal
-        expected = attention_oracle(problem, allowed, keep, gradients, self.target.tensor_cores)
+        expected = attention_oracle(
+            problem, allowed, keep, gradients, self.target.tensor_cores, self.target.multiplies_pairs(case)
+        )
         peer = sdpa_peer(problem, allowed, keep, gradients, self.target.tensor_cores) if allowed.numel() else {}
         select = {"out": ~self._empty_rows(problem)} if self.open_rows else {}
         dtypes = {"lse": torch.float32}
@@ -374,7 +376,15 @@ def _compare(
 ) -> Check:
     if seen.dtype != dtype:
         return Check(name, FAIL, f"dtype {dtype_name(seen.dtype)}, expected {dtype_name(dtype)}")
-    result = compare(name, seen, expected.values[name], expected.noise[name], peer.get(name), select)
+    result = compare(
+        name,
+        seen,
+        expected.values[name],
+        expected.noise[name],
+        peer.get(name),
+        select,
+        expected.element_noise.get(name),
+    )
     return Check(name, PASS if result.ok else FAIL, result.message, result.ratio)
 
 

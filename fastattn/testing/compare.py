@@ -10,7 +10,7 @@ The peer is torch's own scaled_dot_product_attention on the same inputs in the s
 one evaluation of the formula as `fastattn.testing.oracle` derives it; without it a peer that happens to be exact (one
 key: its output *is* the value) would forbid even the correctly rounded result. The third line is stricter than the
 contract: the first two are set by the largest elements, and would let an element that should be small be wrong by its
-own size, as a dropped tile in a long row makes it.
+own size, as a dropped tile in a long row makes it. A kernel that rounds the probabilities has a larger noise there.
 """
 
 from __future__ import annotations
@@ -50,18 +50,26 @@ class Comparison:
 
 
 def compare(
-    name: str, actual: Tensor, expected: Tensor, noise: Tensor, peer: Tensor | None, select: Tensor | None = None
+    name: str,
+    actual: Tensor,
+    expected: Tensor,
+    noise: Tensor,
+    peer: Tensor | None,
+    select: Tensor | None = None,
+    element_noise: Tensor | None = None,
 ) -> Comparison:
     """Judges `actual` (any dtype) against `expected` (float64) with `noise` and the `peer`'s result.
 
     `peer=None` means no peer: the noise alone is the bound, with the factor OUTLIER_NOISE. `select` (bool, broadcast
-    over trailing dimensions) restricts the judgement to some rows. Infinities must sit exactly where expected has them.
+    over trailing dimensions) restricts the judgement to some rows. `element_noise` is the noise of the third line,
+    where that is not `noise`. Infinities must sit exactly where expected has them.
     """
     if tuple(actual.shape) != tuple(expected.shape):
         return _failure(name, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
     seen = actual.detach().cpu().double()
+    element_noise = noise if element_noise is None else element_noise
     if select is not None:
-        seen, expected, noise = seen[select], expected[select], noise[select]
+        seen, expected, noise, element_noise = seen[select], expected[select], noise[select], element_noise[select]
         peer = None if peer is None else peer[select]
     if seen.numel() == 0:
         return Comparison(name, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -69,7 +77,7 @@ def compare(
     if not bool((seen[~finite] == expected[~finite]).all()):
         wrong = int((seen[~finite] != expected[~finite]).sum())
         return _failure(name, f"{wrong} elements should be {expected[~finite][0].item()} and are not")
-    seen, expected, noise = seen[finite], expected[finite], noise[finite]
+    seen, expected, noise, element_noise = seen[finite], expected[finite], noise[finite], element_noise[finite]
     if seen.numel() == 0:
         return Comparison(name, 0.0, 0.0, 0.0, 0.0, 0.0)
     if not bool(torch.isfinite(seen).all()):
@@ -84,7 +92,7 @@ def compare(
         peer_error = peer_error.nan_to_num(0.0, 0.0, 0.0)
     slack = OUTLIER_NOISE if peer is None else 1.0
     # An element whose noise is 0 must be exact; the tiny floor only avoids 0 / 0.
-    units = noise.clamp_min(torch.finfo(torch.float64).tiny)
+    units = element_noise.clamp_min(torch.finfo(torch.float64).tiny)
     bounds = (
         ("maximum error", error.max(), PEER_FACTOR * peer_error.max() + slack * noise.max()),
         ("mean error", error.mean(), PEER_FACTOR * peer_error.mean() + slack * noise.mean()),

@@ -14,7 +14,8 @@ first-order majorant of the rounding of one straightforward evaluation of the fo
   score is that of `dot_size`;
 * storing the result in its dtype adds ``u_store * |value|``, or half the smallest subnormal;
 * a kernel of tensor cores rounds the 16-bit operands of its second products, the probabilities and dS: those roundings
-  are independent, so they add up as the root of the sum of squares.
+  are independent, so they add up as the root of the sum of squares. CPU kernels that multiply bfloat16 pairs do so too;
+  for them only the noise of single elements has this part, since torch's SDPA on the CPU rounds likewise.
 
 ``u`` is the unit roundoff of the arithmetic (float64 for float64, else float32: bfloat16 and float16 are storage
 formats here, and a kernel that accumulates in them is faulty), ``u_store`` that of the tensor's dtype.
@@ -42,6 +43,7 @@ class Expected:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     noise: dict[str, Tensor] = field(default_factory=dict)
+    element_noise: dict[str, Tensor] = field(default_factory=dict)  # for single elements, where that is more
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -161,9 +163,17 @@ def dropout_keep(batch: int, heads_q: int, len_q: int, len_k: int, p: float, see
 
 
 def attention_oracle(
-    problem: Problem, allowed: Tensor, keep: Tensor | None, gradients: bool = True, tensor_cores: bool = False
+    problem: Problem,
+    allowed: Tensor,
+    keep: Tensor | None,
+    gradients: bool = True,
+    tensor_cores: bool = False,
+    pairs: bool = False,
 ) -> Expected:
-    """Expected out, lse, dq, dk, dv, dbias of `problem`. `allowed` and `keep` (dropout) are (B, Hq, L, S)."""
+    """Expected out, lse, dq, dk, dv, dbias of `problem`. `allowed` and `keep` (dropout) are (B, Hq, L, S).
+
+    `tensor_cores`, `pairs`: the kernel rounds the operands P and dS, on a GPU or on a CPU that multiplies pairs.
+    """
     case = problem.case
     q, k, v = (t.detach().cpu().double().requires_grad_(gradients) for t in (problem.query, problem.key, problem.value))
     bias = None if problem.bias is None else problem.bias.detach().cpu().double().requires_grad_(gradients)
@@ -190,8 +200,12 @@ def attention_oracle(
 
     with torch.no_grad():
         _attention_noise(problem, expected, probabilities.detach(), dropped.detach(), drop, grad_out, grad_lse)
-        if tensor_cores and case.dtype in (torch.bfloat16, torch.float16):
+        if (tensor_cores or pairs) and case.dtype in (torch.bfloat16, torch.float16):
+            plain = dict(expected.noise)
             _operand_noise(problem, expected, probabilities.detach(), dropped.detach(), drop, grad_out, grad_lse)
+            if pairs:
+                _delta_noise(problem, expected, probabilities.detach(), dropped.detach(), grad_out)
+                expected.noise, expected.element_noise = plain, expected.noise
     return expected
 
 
@@ -302,6 +316,24 @@ def _operand_noise(
         ds = ds + grad_lse.unsqueeze(-1)
     noise["dv"] = noise["dv"] + _sum_groups(rounded_p.transpose(-1, -2) @ grad_out.square(), group).sqrt()
     _add_rounded_ds(noise, p * ds, q, k, case.dtype, abs(case.effective_scale), group)
+
+
+def _delta_noise(problem: Problem, expected: Expected, p: Tensor, dropped: Tensor, grad_out: Tensor) -> None:
+    """Adds what the rounding of P makes of delta = rowsum(dO * out), and so of dS. With few columns, Dv = 1 say, that
+    is more than the store of out makes of it."""
+    if "dq" not in expected.values:
+        return
+    case, noise = problem.case, expected.noise
+    group = case.heads_q // case.heads_kv
+    q, k, v = (t.detach().cpu().double() for t in (problem.query, problem.key, problem.value))
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    dp = grad_out @ v.transpose(-1, -2)
+    ds = p * 2.0 * (_store(dropped, case.dtype) * dp).square().sum(dim=-1, keepdim=True).sqrt()
+    scale = abs(case.effective_scale)
+    noise["dq"] = noise["dq"] + scale * (ds @ k.abs())
+    noise["dk"] = noise["dk"] + _sum_groups(scale * (ds.transpose(-1, -2) @ q.abs()), group)
+    if problem.bias is not None:
+        noise["dbias"] = noise["dbias"] + ds.sum_to_size(problem.bias.shape)
 
 
 def _add_rounded_ds(
