@@ -19,6 +19,7 @@ from fastattn import tiles
 from fastattn.tiles import EMPTY, FULL, PARTIAL, TileMap
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from torch.nn.attention.flex_attention import BlockMask
 
 UNLIMITED = 2**62  # a band limit that excludes nothing; kUnlimited of csrc/core/params.h
@@ -422,14 +423,76 @@ class Mask:
     ) -> TileMap:
         """The tiles of the whole mask, for L queries and S keys; B and H are the mask's own unless given."""
         mask, device = self._placed(device)
-        if B is None:
-            B = max((tensor.shape[0] for tensor in mask.tensors()), default=1)
-        if H is None:
-            H = max((term.keep.shape[1] for term in mask.terms if isinstance(term, Dense)), default=1)
+        B = mask._own_batch() if B is None else B
+        H = mask._own_heads() if H is None else H
         classes = tiles.tile_classes(mask, B, H, L, S, block_m, block_n, device)
         dense = [term.keep for term in mask.terms if isinstance(term, Dense)]
         bits = tiles.pack_dense(dense, L, S, block_m, block_n)[0] if dense else None
         return TileMap.from_classes(classes, block_m, block_n, L, S, bits)
+
+    def plot(
+        self,
+        L: int,
+        S: int,
+        batch: int = 0,
+        head: int = 0,
+        block_m: int = 64,
+        block_n: int = 64,
+        ax: Axes | None = None,
+    ) -> Axes:
+        """Draws the mask of L queries (down) and S keys (across) with matplotlib; returns the axes.
+
+        Each pair is coloured by whether it attends and by its tile: empty tiles are skipped by the kernels, full ones
+        run without mask code. A tile of a composition or of segments may be drawn as partial although all or none of
+        its pairs attend, where the kernels do not know it either (see `tile_map`).
+
+        batch, head: which to draw; 0 where the mask does not depend on them.
+        block_m, block_n: queries and keys of a tile.
+        ax: draw here; a new figure of pyplot's unless given.
+
+        Raises ImportError without matplotlib, ValueError for a batch, head or tile that does not exist, or a mask that
+        does not fit L and S.
+        """
+        try:
+            from matplotlib import pyplot
+            from matplotlib.collections import LineCollection
+            from matplotlib.colors import ListedColormap
+            from matplotlib.patches import Patch
+        except ImportError as error:
+            raise ImportError("Mask.plot needs matplotlib, which is not installed") from error
+        for name, length in (("L", L), ("S", S)):
+            if length < 1:
+                raise ValueError(f"{name} must be at least 1 to be drawn, got {length}")
+        B, H = self._own_batch(), self._own_heads()
+        for name, index, size in (("batch", batch, B), ("head", head, H)):
+            if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < size:
+                raise ValueError(f"{name} must be an int of [0, {size}), got {index!r}")
+        classes = self.tile_map(L, S, B, H, block_m, block_n).classes().expand(B, H, -1, -1)[batch, head].cpu()
+        counts = torch.bincount(classes.flatten(), minlength=3).tolist()
+        shown = classes.repeat_interleave(block_m, 0).repeat_interleave(block_n, 1)[:L, :S]
+        keep = self.to_dense(B, H, L, S)[batch, head].cpu()
+        colours = {"empty": "#e8e8e8", "no pair": "#fde3c2", "partial": "#e68a00", "full": "#2c6fb0"}
+        # 0 an empty tile, 1 and 2 the pairs of a partial one without and with attention, 3 a full one
+        codes = torch.where(shown == FULL, 3, torch.where(shown == PARTIAL, 1 + keep.long(), 0))
+
+        if ax is None:
+            ax = pyplot.subplots()[1]
+        extent = (0, S, L, 0)  # so that tile borders are at their indices
+        ax.imshow(codes.numpy(), ListedColormap(list(colours.values())), vmin=0, vmax=3, extent=extent, aspect="auto")
+        lines = [[(0, i), (S, i)] for i in range(block_m, L, block_m)]
+        lines += [[(j, 0), (j, L)] for j in range(block_n, S, block_n)]
+        ax.add_collection(LineCollection(lines, colors="white", linewidths=0.6))
+        names = (("full", FULL), ("partial", PARTIAL), ("empty", EMPTY))
+        patches = [Patch(color=colours[name], label=f"{name} ({counts[number]})") for name, number in names]
+        ax.legend(handles=patches, title=f"tiles of {block_m} x {block_n}", fontsize="small", title_fontsize="small")
+        ax.set(xlabel="key", ylabel="query", xlim=(0, S), ylim=(L, 0))
+        return ax
+
+    def _own_batch(self) -> int:
+        return max((tensor.shape[0] for tensor in self.tensors()), default=1)
+
+    def _own_heads(self) -> int:
+        return max((term.keep.shape[1] for term in self.terms if isinstance(term, Dense)), default=1)
 
     def _placed(self, device: torch.device | str | None) -> tuple[Mask, torch.device | None]:
         if device is not None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import sys
 
 import pytest
 import torch
@@ -538,3 +539,72 @@ def test_from_flex_follows_the_blocks_and_not_only_the_function():
     without_full = BlockMask.from_kv_blocks(num, indices, BLOCK_SIZE=(8, 16), seq_lengths=(L, S))
     expected = flex_dense(without_full, lambda *p: torch.tensor(True), B, H, L, S)
     assert torch.equal(Mask.from_flex(without_full).to_dense(B, H, L, S), expected)
+
+
+# -------------------------------------------------------------------------------------------------------------- plot
+
+
+@pytest.fixture
+def pyplot():
+    matplotlib = pytest.importorskip("matplotlib", reason="draws the mask")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    yield pyplot
+    pyplot.close("all")
+
+
+def drawn(ax):
+    return torch.as_tensor(ax.images[0].get_array().data)
+
+
+def labels(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_plot_colours_every_pair_by_its_tile(pyplot):
+    L, S, block_m, block_n = 10, 13, 4, 3
+    mask = Mask.causal()
+    codes = drawn(mask.plot(L, S, block_m=block_m, block_n=block_n))
+    assert codes.shape == (L, S)
+    for i, j in itertools.product(range(L), range(S)):
+        rows, columns = slice(i // 4 * 4, i // 4 * 4 + 4), slice(j // 3 * 3, j // 3 * 3 + 3)
+        tile = mask.to_dense(1, 1, L, S)[0, 0, rows, columns]
+        expected = 3 if tile.all() else 0 if not tile.any() else 1 + int(j <= i)
+        assert codes[i, j] == expected, (i, j)
+
+
+def test_plot_shows_one_batch_and_head_on_the_axes_given(pyplot):
+    keep = torch.zeros(2, 3, 8, 8, dtype=torch.bool)
+    keep[1, 2] = True
+    keep[1, 1, 0, 0] = True
+    ax = pyplot.subplots()[1]
+    assert Mask.dense(keep).plot(8, 8, 1, 2, block_m=4, block_n=4, ax=ax) is ax
+    assert labels(ax) == ["full (4)", "partial (0)", "empty (0)"]
+    assert labels(Mask.dense(keep).plot(8, 8, 1, 1, block_m=4, block_n=4)) == ["full (0)", "partial (1)", "empty (3)"]
+    assert labels(Mask.dense(keep).plot(8, 8, block_m=4, block_n=4)) == ["full (0)", "partial (0)", "empty (4)"]
+    assert len(pyplot.get_fignums()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"batch": 2}, r"batch must be an int of \[0, 2\), got 2"),
+        ({"head": -1}, r"head must be an int of \[0, 1\), got -1"),
+        ({"head": 0.0}, "head must be an int"),
+        ({"block_n": 0}, "block_n must be a positive int"),
+        ({"L": 0}, "L must be at least 1"),
+        ({"S": 5}, "with S = 5 keys"),
+    ],
+)
+def test_plot_names_bad_arguments(pyplot, arguments, says):
+    mask = Mask.key_padding(torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=says):
+        mask.plot(**{"L": 4, "S": 6} | arguments)
+    assert not pyplot.get_fignums()
+
+
+def test_plot_says_that_it_needs_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="Mask.plot needs matplotlib"):
+        Mask.causal().plot(4, 4)
