@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+
 from fastattn.bench.contenders import (
     Bound,
     bind_additive,
@@ -41,8 +43,6 @@ from fastattn.bench.workloads import (
     torch_dtype,
     weights_inputs,
 )
-from torch import Tensor
-
 from fastattn.testing import cases as problems
 from fastattn.testing.adapters import multiplies_pairs
 from fastattn.testing.compare import compare

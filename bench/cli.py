@@ -8,6 +8,10 @@ from pathlib import Path
 import click
 import torch
 from click.core import ParameterSource
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 from fastattn.bench import compare as comparison
 from fastattn.bench import models, report, runner, scaling, simmim, suites, tables, targets
 from fastattn.bench import records as recording
@@ -16,9 +20,6 @@ from fastattn.bench.images import photographs, read_directory
 from fastattn.bench.records import Record
 from fastattn.bench.timing import Sentinel
 from fastattn.bench.workloads import MASK_KINDS
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 SUITES = ("attention", "mha", "loss", "simmim", "transformers", "targets", "scaling", "memory", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+
 from fastattn.bench import records as recording
 from fastattn.bench import tables, targets
 from fastattn.bench.contenders import OURS

@@ -13,6 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastattn
+from fastattn import dispatch
 from fastattn.bench.workloads import (
     COPY,
     FEEDFORWARD,
@@ -36,11 +41,6 @@ from fastattn.bench.workloads import (
     torch_dtype,
     weights_inputs,
 )
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-import fastattn
-from fastattn import dispatch
 from fastattn.testing.adapters import foreign_target
 
 OURS = "fastattn"

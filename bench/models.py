@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fastattn.bench.contenders import OURS, Bound, Contender
 from fastattn.bench.workloads import Case, ModelCase, torch_dtype
-from torch import Tensor, nn
 
 IMPLEMENTATIONS = (OURS, "sdpa", "eager")
 HEADS, VOCABULARY, PATCH = 4, 1000, 16

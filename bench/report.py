@@ -15,11 +15,12 @@ matplotlib.use("Agg")  # no display is needed, and none is to be opened
 
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen first)
 import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
 from fastattn.bench import tables, targets  # noqa: E402
 from fastattn.bench.contenders import OURS, STOCK  # noqa: E402
 from fastattn.bench.records import Record  # noqa: E402
 from fastattn.bench.workloads import MASK_KINDS  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 
 COLOURS = {
     OURS: "#c2410c",

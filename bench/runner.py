@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
+
 from fastattn.bench import memory
 from fastattn.bench.checks import Check, Verdict, check_dropout, checked_form
 from fastattn.bench.contenders import (
@@ -52,7 +54,6 @@ from fastattn.bench.workloads import (
     mha_flops,
     weights_flops,
 )
-from torch import Tensor
 
 # whose error sets the bound of others
 JUDGE = {"attention": "sdpa", "mha": STOCK}  # else eager code

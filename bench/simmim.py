@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
+import fastattn
 from fastattn.bench import memory
 from fastattn.bench.contenders import OURS, authors_l1_loss
 from fastattn.bench.images import Crops
 from fastattn.bench.records import Record
 from fastattn.bench.timing import Sentinel, Timing, keep_samples, percentile, round_ratios
-from torch import Tensor, nn
-
-import fastattn
 
 STOCK = "stock"
 VARIANTS = (STOCK, OURS)
