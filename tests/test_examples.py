@@ -186,3 +186,75 @@ def test_dialogue_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "at least 10 dialogues" in _error(capsys, simmim_dialogue.main, "--text", path)
     assert "cannot be read" in _error(capsys, simmim_dialogue.main, "--text", tmp_path / "missing.txt")
     assert "--turn" in _error(capsys, simmim_dialogue.main, "--turn", "")
+
+
+# -------------------------------------------------------------------------------------------------------- translation
+
+EXACT_LINE = r"without a mistake: ([\d.]+)% of 1000; before training: ([\d.]+)%"
+ALIGNED_LINE = r"year (\d+)% \((\d+)%\), month (\d+)% \((\d+)%\), day (\d+)% \((\d+)%\)"
+
+
+@pytest.fixture
+def translation() -> ModuleType:
+    pytest.importorskip("matplotlib", reason="draws the picture")
+    return importlib.import_module("translation")
+
+
+def test_translation_learns_and_aligns(
+    translation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "picture.png"
+    output = _run(capsys, translation.main, "--steps", 140, "--output", picture)
+    after, before = _numbers(EXACT_LINE, output)
+    assert before < 1
+    assert after >= 40
+    numbers = _numbers(ALIGNED_LINE, output)
+    assert all(share > 1.5 * everywhere for share, everywhere in zip(numbers[::2], numbers[1::2], strict=True)), numbers
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_translation_meets_its_criterion(
+    translation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    date = "Sunday, the 1st of March 1970"
+    output = _run(capsys, translation.main, "--output", tmp_path / "picture.png", "--date", date)
+    after, before = _numbers(EXACT_LINE, output)
+    assert after >= 95
+    assert before < 1
+    assert min(_numbers(ALIGNED_LINE, output)[::2]) >= 50
+    assert f"{date} -> 1970-03-01" in output
+
+
+def test_translation_dates_say_what_they_mean(translation: ModuleType) -> None:
+    ordinal = translation.datetime.date(2026, 11, 21).toordinal()
+    texts = [translation.Date(ordinal, form) for form in translation.FORMATS]
+    assert {date.iso for date in texts} == {"2026-11-21"}
+    assert texts[6].text == "Saturday, the 21st of November 2026"
+    assert texts[7].text == "21/11/2026"
+    for date in texts:
+        assert date.text[date.spans["year"]] == "2026"
+        assert date.text[date.spans["month"]] in ("November", "Nov", "11")
+        assert date.text[date.spans["day"]] in ("21", "21st")
+    endings = {day: translation.Date(translation.FIRST_DAY + day - 1, "{dayth}").text for day in range(1, 32)}
+    assert [endings[day] for day in (1, 2, 3, 4, 11, 12, 13, 21, 22, 23, 31)] == (
+        "1st 2nd 3rd 4th 11th 12th 13th 21st 22nd 23rd 31st".split()
+    )
+
+
+def test_translation_leaves_out_padding(translation: ModuleType) -> None:
+    """A date is read alike beside a longer one."""
+    torch.manual_seed(0)
+    model = translation.Translator()
+    short, long = "1.2.1903", "Wednesday, the 13th of September 2023"
+    alone, together = model.translate([short])[1], model.translate([short, long])[1]
+    assert (together[0, :, len(short) :] == 0).all()
+    torch.testing.assert_close(together[:1, :, : len(short)], alone)
+    torch.testing.assert_close(together.sum(-1), torch.ones(2, translation.LENGTH))
+
+
+def test_translation_bad_input(translation: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no folder" in _error(capsys, translation.main, "--output", tmp_path / "nowhere" / "picture.png")
+    assert "is a directory" in _error(capsys, translation.main, "--output", tmp_path)
+    assert "--date must be a date" in _error(capsys, translation.main, "--date", " ")
+    assert "--steps" in _error(capsys, translation.main, "--steps", 0)
