@@ -280,7 +280,8 @@ def fuses_head(hidden: Tensor) -> bool:
     On a CPU not in 16 bits, where torch's linear has instructions that the kernel does not use.
     """
     device = hidden.device.type
-    autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    # Asking about the meta device, which has no autocast, raises.
+    autocast = device != "meta" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     if device == "cpu" and dtype not in (torch.float32, torch.float64):
         return False

@@ -734,6 +734,7 @@ def _scaled(grad_input: Tensor, grad_loss: Tensor) -> Tensor:
     if (
         type(grad_loss) is Tensor
         and grad_loss.device.type == "cpu"
+        and torch._C._has_storage(grad_loss)  # not so with torch.autograd.grad(is_grads_batched=True)
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not torch._C._len_torch_dispatch_stack()
@@ -828,6 +829,12 @@ def _differentiable_additive_backward(grad_out: Tensor, grad_lse: Tensor | None,
 
 def additive_attention_weights(query: Tensor, key: Tensor, lse: Tensor, score_weight: Tensor, *rest: Any) -> Tensor:
     """exp(score - lse) (B, L, S), in plain PyTorch for every backend; `rest` is the mask and the backend."""
+    device_type = query.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        # Of what the operator compared, and as exactly: autocast would round the scores.
+        query, key, _ = _cast("additive_attention", (query, key, key), device_type)
+        with torch.autocast(device_type, enabled=False):
+            return additive_attention_weights(query, key, lse, score_weight, *rest)
     return reference.additive_weights(query, key, lse, score_weight, _additive_mask(query, key, rest))
 
 
@@ -1340,7 +1347,8 @@ def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable
                 return without_autocast(transform, arguments)
         if (
             _is_watched()
-            or not all(x is None or type(x) in _PLAIN for x in tensors)
+            # The numbers of a lazy negation, such as x.conj().imag, are not those in memory: the operator resolves it.
+            or not all(x is None or (type(x) in _PLAIN and not x.is_neg()) for x in tensors)
             or tensors[anchor].is_meta
             or (in_backward and not all(x is None or torch._C._has_storage(x) for x in tensors))
         ):
@@ -1516,7 +1524,7 @@ def direct_attention(
     if (
         torch.compiler.is_compiling()
         or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
-        or not (bias is None or type(bias) in _PLAIN)
+        or not (bias is None or (type(bias) in _PLAIN and not bias.is_neg()))
         or not query.is_cpu
         or backend is not None
         or not dispatch.chooses_cpu()

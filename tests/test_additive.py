@@ -400,3 +400,15 @@ def test_dispatch_names_what_lacks_it():
     explanation = dispatch.explain_problem(Problem("additive_attention", "cpu", torch.float32))
     assert explanation.chosen == BACKENDS[0]
     assert "it has no kernel of additive attention" in str(explanation)
+
+
+def test_weights_under_autocast_are_those_of_the_output():
+    query, key, value, weight = tensors(1, 8, 200, 64, 4, torch.float32)
+    inputs = query * 2, key * 2, value, weight * 8
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, lse = additive_attention(*inputs, return_lse=True)
+        weights = additive_attention_weights(*inputs[:2], lse, inputs[3])
+    cast = [x.bfloat16() for x in inputs[:3]]
+    _, lse = additive_attention(*cast, inputs[3], return_lse=True)
+    assert torch.equal(weights, additive_attention_weights(*cast[:2], lse, inputs[3]))
+    torch.testing.assert_close(weights.float().sum(-1), torch.ones(1, 8), rtol=0, atol=1e-2)

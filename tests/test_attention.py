@@ -905,3 +905,12 @@ def test_bad_direct_calls_are_refused_as_any(change, error, requires_grad):
     x = torch.randn(1, 2, 9, 8, requires_grad=requires_grad)
     with pytest.raises(error, match="|".join(name for name in change)):
         fastattn.attention(**(dict(query=x, key=x, value=x) | change))
+
+
+@pytest.mark.parametrize("name", [None, "cpu", "reference"])
+def test_bias_that_is_negated_lazily(name):
+    query, key, value = inputs()
+    bias = torch.randn(2, 4, 7, 11, dtype=torch.complex64).conj().imag
+    assert bias.is_neg()
+    out = fastattn.attention(query, key, value, bias=bias, backend=name)
+    assert torch.equal(out, fastattn.attention(query, key, value, bias=bias.resolve_neg(), backend=name))

@@ -385,3 +385,14 @@ def test_operator_refuses_what_its_kernel_cannot_read():
         torch.ops.fastattn.linear_masked_loss(*arguments, GOOD["mask"][:, :3].unsqueeze(1), *options)
     with pytest.raises(ValueError, match="target"):
         torch.ops.fastattn.linear_masked_loss(*arguments[:3], torch.zeros(2, 6, 3), GOOD["mask"].unsqueeze(1), *options)
+
+
+def test_gradients_of_several_upstream_gradients_at_once(backend):
+    *given, mask = problem((2, 7, 5, 3), torch.float64)
+    given = [x.requires_grad_() for x in given]
+    upstream = torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    loss = linear_masked_mse_loss(*given, mask, backend=backend)
+    singles = torch.autograd.grad(loss, given, retain_graph=True)
+    batched = torch.autograd.grad(loss, given, upstream, is_grads_batched=True)
+    for several, single in zip(batched, singles, strict=True):
+        torch.testing.assert_close(several, upstream.view(-1, *[1] * single.dim()) * single)

@@ -464,3 +464,21 @@ def test_modules_refuse_bad_options_at_once():
             module(reduction="average")
         with pytest.raises(TypeError, match="patch_size"):
             module(patch_size="16")
+
+
+@pytest.mark.parametrize("loss", KINDS.values())
+def test_gradients_of_several_upstream_gradients_at_once(loss, backend):
+    x, upstream = TOKENS.clone().requires_grad_(), torch.tensor([1.0, -2.0, 1.0])
+    value = loss(x, TOKENS + 1, torch.ones(2, 5, dtype=torch.bool), backend=backend)
+    (single,) = torch.autograd.grad(value, x, retain_graph=True)
+    (batched,) = torch.autograd.grad(value, x, upstream, is_grads_batched=True)
+    torch.testing.assert_close(batched, upstream.view(-1, 1, 1, 1) * single)
+
+
+@pytest.mark.parametrize("loss", KINDS.values())
+def test_input_that_is_negated_lazily(loss, backend):
+    spectrum = torch.randn(2, 5, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    x, target, mask = spectrum.conj().imag, spectrum.real.contiguous(), torch.ones(2, 5, dtype=torch.bool)
+    assert x.is_neg()
+    assert torch.equal(loss(x, target, mask, backend=backend), loss(x.resolve_neg(), target, mask, backend=backend))
+    assert torch.equal(loss(target, x, mask, backend=backend), loss(target, x.resolve_neg(), mask, backend=backend))

@@ -293,3 +293,15 @@ def test_positions_are_distinct():
 def test_bad_encoder(options, name):
     with pytest.raises(ValueError, match=name):
         ViTEncoder(**({"image_size": 32, "patch_size": 4, "embed_dim": 24, "num_heads": 2} | options))
+
+
+def test_a_head_whose_forward_was_replaced_is_called():
+    model = make_model()
+    model.head.forward = lambda features: F.linear(features, model.head.weight, model.head.bias) + 100.0
+    assert model(torch.randn(2, 3, SIZE, SIZE)) > 50
+
+
+def test_loss_on_the_meta_device():
+    model = make_model().to("meta")
+    mask = torch.empty(2, SIZE // PATCH, SIZE // PATCH, dtype=torch.bool, device="meta")
+    assert model(torch.empty(2, 3, SIZE, SIZE, device="meta"), mask).is_meta

@@ -263,6 +263,7 @@ class SimMIM(nn.Module):
         return (
             self.output_patch_size == self.patch_size
             and type(head) is nn.Linear
+            and "forward" not in vars(head)
             and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
         )
 
