@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -478,7 +478,8 @@ class Mask:
         if ax is None:
             ax = pyplot.subplots()[1]
         extent = (0, S, L, 0)  # so that tile borders are at their indices
-        ax.imshow(codes.numpy(), ListedColormap(list(colours.values())), vmin=0, vmax=3, extent=extent, aspect="auto")
+        options: dict[str, Any] = {"vmin": 0, "vmax": 3, "extent": extent, "aspect": "auto", "interpolation": "nearest"}
+        ax.imshow(codes.numpy(), ListedColormap(list(colours.values())), **options)
         lines = [[(0, i), (S, i)] for i in range(block_m, L, block_m)]
         lines += [[(j, 0), (j, L)] for j in range(block_n, S, block_n)]
         ax.add_collection(LineCollection(lines, colors="white", linewidths=0.6))

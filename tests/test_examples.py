@@ -12,6 +12,8 @@ import click
 import pytest
 import torch
 
+import fastattn
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))  # as `python examples/NAME.py` does
 
@@ -258,3 +260,89 @@ def test_translation_bad_input(translation: ModuleType, tmp_path: Path, capsys: 
     assert "is a directory" in _error(capsys, translation.main, "--output", tmp_path)
     assert "--date must be a date" in _error(capsys, translation.main, "--date", " ")
     assert "--steps" in _error(capsys, translation.main, "--steps", 0)
+
+
+# ----------------------------------------------------------------------------------------------------- attention_maps
+
+VISIBLE_LINE = r"attention: hidden tokens give visible ones ([\d.]+)% of their attention, if everywhere alike ([\d.]+)%"
+
+
+@pytest.fixture
+def attention_maps(simmim_images: ModuleType) -> ModuleType:
+    return importlib.import_module("attention_maps")
+
+
+@pytest.mark.parametrize(("what", "steps", "attentions"), [("image", 60, 2), ("text", 130, 1)])
+def test_maps_show_attention_to_what_is_there(
+    attention_maps: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    what: str,
+    steps: int,
+    attentions: int,
+) -> None:
+    output, masks = tmp_path / "maps.png", tmp_path / "masks.png"
+    arguments = ("--what", what, "--steps", steps, "--output", output, "--masks", masks)
+    found = re.findall(VISIBLE_LINE, _run(capsys, attention_maps.main, *arguments))
+    assert len(found) == attentions
+    assert all(float(share) > float(alike) + 5 for share, alike in found), found
+    for picture in (output, masks):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "attentions"), [("image", 2), ("text", 1)])
+def test_maps_meet_their_criterion(
+    attention_maps: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, attentions: int
+) -> None:
+    arguments = ("--what", what, "--output", tmp_path / "maps.png", "--masks", tmp_path / "masks.png")
+    found = re.findall(VISIBLE_LINE, _run(capsys, attention_maps.main, *arguments))
+    assert len(found) == attentions
+    assert all(float(share) > float(alike) for share, alike in found), found
+
+
+def test_maps_are_the_weights_and_leave_the_model_alone(attention_maps: ModuleType) -> None:
+    torch.manual_seed(0)
+    attention = fastattn.MultiheadAttention(16, 4, batch_first=True)
+    model = torch.nn.ModuleDict({"first": attention})
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    _, expected = attention(x, x, x, padding, average_attn_weights=False)
+    for arguments in ((x, x, x, padding, False), (x, x, x, padding), (x, x, x, padding, True, None, False)):
+        out, weights = attention(*arguments)
+        with attention_maps.recorded(model) as maps:
+            recorded_out, recorded_weights = model["first"](*arguments)
+        assert list(maps) == ["first"]
+        assert torch.equal(maps["first"], expected)
+        assert torch.equal(recorded_out, out)
+        assert (weights is None) == (recorded_weights is None)
+        if weights is not None:
+            torch.testing.assert_close(recorded_weights, weights)
+    assert (maps["first"][1, :, :, 3:] == 0).all()
+    maps.clear()
+    model["first"](x, x, x)
+    assert not maps
+
+
+def test_maps_of_a_checkpoint(attention_maps: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Taken as it is: the same maps as from the same steps."""
+    simmim_images, path = attention_maps.simmim_images, tmp_path / "run.pt"
+    pretraining, pictures = simmim_images.Pretraining("vit", "l1", False, 0), simmim_images.load_pictures(0)
+    for _ in range(3):
+        pretraining.step(pictures)
+    pretraining.save(path)
+    files = ("--output", tmp_path / "maps.png", "--masks", tmp_path / "masks.png")
+    output = _run(capsys, attention_maps.main, "--checkpoint", path, *files)
+    assert output == _run(capsys, attention_maps.main, "--steps", 3, *files)
+
+
+def test_maps_bad_input(attention_maps: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main, path = attention_maps.main, tmp_path / "swin.pt"
+    attention_maps.simmim_images.Pretraining("swin", "l1", False, 0).save(path)
+    files = ("--output", tmp_path / "maps.png", "--masks", tmp_path / "masks.png")
+    assert "no MultiheadAttention" in _error(capsys, main, "--checkpoint", path, *files)
+    path.write_text("no checkpoint")
+    assert "is not a checkpoint" in _error(capsys, main, "--checkpoint", path, *files)
+    assert "--what image" in _error(capsys, main, "--what", "text", "--checkpoint", path, *files)
+    assert "--what text" in _error(capsys, main, "--text", path, *files)
+    assert "at least 10 dialogues" in _error(capsys, main, "--what", "text", "--text", path, *files)
+    assert "no folder" in _error(capsys, main, "--masks", tmp_path / "nowhere" / "masks.png")
