@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -808,9 +809,10 @@ def _additive_attention_backward_gradients(ctx: Any, *cotangents: Tensor | None)
             grad_out, tensors[4] if len(tensors) > 4 else None, *tensors[:4], *rest
         )
 
-    outputs, product, *_ = torch.func.vjp(gradients, *given)
-    filled = tuple(torch.zeros_like(x) if c is None else c for c, x in zip(cotangents, outputs, strict=True))
-    of_grad_out, *of_inputs = product(filled)
+    with _without_autocast(grad_out.device.type):
+        outputs, product, *_ = torch.func.vjp(gradients, *given)
+        filled = tuple(torch.zeros_like(x) if c is None else c for c, x in zip(cotangents, outputs, strict=True))
+        of_grad_out, *of_inputs = product(filled)
     of_grad_lse = of_inputs.pop() if grad_lse is not None else None
     return _wanted(ctx, (of_grad_out, of_grad_lse, *of_inputs))
 
@@ -833,7 +835,7 @@ def additive_attention_weights(query: Tensor, key: Tensor, lse: Tensor, score_we
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         # Of what the operator compared, and as exactly: autocast would round the scores.
         query, key, _ = _cast("additive_attention", (query, key, key), device_type)
-        with torch.autocast(device_type, enabled=False):
+        with _without_autocast(device_type):
             return additive_attention_weights(query, key, lse, score_weight, *rest)
     return reference.additive_weights(query, key, lse, score_weight, _additive_mask(query, key, rest))
 
@@ -878,7 +880,8 @@ def _linear_masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor
         raise RuntimeError("fastattn::linear_masked_loss: no gradient reaches a target that is normalised")
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Someone differentiates the gradient: through its plain formula, any number of times.
-        formula = reference_loss.differentiable_linear_gradients(*tensors, *options)
+        with _without_autocast(grad_loss.device.type):
+            formula = reference_loss.differentiable_linear_gradients(*tensors, *options)
         return *(
             g * grad_loss if want and g is not None else None for g, want in zip(formula, wanted, strict=True)
         ), *nothing
@@ -998,6 +1001,11 @@ def _cast(name: str, arguments: tuple[Any, ...], device_type: str) -> list[Any]:
         if x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type:
             cast[position] = x.to(dtype or torch.get_autocast_dtype(device_type))
     return cast
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    """For a formula in plain PyTorch, which a backward within the region would otherwise compute in half precision."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _autocast_kernel(name: str, key: str, device_type: str) -> Callable:

@@ -412,3 +412,15 @@ def test_weights_under_autocast_are_those_of_the_output():
     _, lse = additive_attention(*cast, inputs[3], return_lse=True)
     assert torch.equal(weights, additive_attention_weights(*cast[:2], lse, inputs[3]))
     torch.testing.assert_close(weights.float().sum(-1), torch.ones(1, 8), rtol=0, atol=1e-2)
+
+
+def test_second_derivative_within_an_autocast_region_is_that_outside():
+    def second(within: bool) -> tuple[Tensor, ...]:
+        inputs = [x.requires_grad_() for x in tensors(1, 8, 20, 64, 4, torch.float32)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = additive_attention(*inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            first = torch.autograd.grad(out.float().square().sum(), inputs, create_graph=True)
+            return torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    assert all(torch.equal(x, y) for x, y in zip(second(True), second(False), strict=True))

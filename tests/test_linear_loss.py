@@ -396,3 +396,13 @@ def test_gradients_of_several_upstream_gradients_at_once(backend):
     batched = torch.autograd.grad(loss, given, upstream, is_grads_batched=True)
     for several, single in zip(batched, singles, strict=True):
         torch.testing.assert_close(several, upstream.view(-1, *[1] * single.dim()) * single)
+
+
+def test_gradient_for_a_second_one_within_an_autocast_region(backend):
+    hidden, weight, _, target, mask = problem((2, 50, 64, 48))
+    given = [x.requires_grad_() for x in (hidden, weight)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = linear_masked_mse_loss(*given, None, target, mask, backend=backend)
+        within = torch.autograd.grad(loss, given, create_graph=True)
+    for seen, expected in zip(within, torch.autograd.grad(loss, given, create_graph=True), strict=True):
+        assert torch.equal(seen, expected)
