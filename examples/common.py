@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,28 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text
+
+
+def read_prose(path: Path | None, fewest: int) -> list[str]:
+    """The paragraphs of a file, or, without one, of the Python documentation in the standard library; none twice.
+
+    Of the documentation only what is prose: no headings, grammar or code. An `InputError` where there are less than
+    `fewest`.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics.values())
+    else:
+        text = read_text(path)
+    paragraphs = list(dict.fromkeys(" ".join(block.split()) for block in re.split(r"\n\s*\n", text) if block.strip()))
+    if path is None:
+        paragraphs = [p for p in paragraphs if re.match(r"[*\"A-Z].*[.:]$", p) and not re.search(r"::=|>>>", p)]
+    if len(paragraphs) < fewest:
+        raise InputError(
+            f"{path} must hold at least {fewest} different paragraphs, with blank lines between, got {len(paragraphs)}"
+        )
+    return paragraphs
 
 
 def check_writable(path: str | Path) -> None:

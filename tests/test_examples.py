@@ -19,6 +19,7 @@ sys.path.insert(0, str(EXAMPLES))  # as `python examples/NAME.py` does
 
 import common  # noqa: E402
 import simmim_dialogue  # noqa: E402
+import text_generation  # noqa: E402
 
 
 def _run(capsys: pytest.CaptureFixture[str], command: click.Command, *arguments: object) -> str:
@@ -346,3 +347,59 @@ def test_maps_bad_input(attention_maps: ModuleType, tmp_path: Path, capsys: pyte
     assert "--what text" in _error(capsys, main, "--text", path, *files)
     assert "at least 10 dialogues" in _error(capsys, main, "--what", "text", "--text", path, *files)
     assert "no folder" in _error(capsys, main, "--masks", tmp_path / "nowhere" / "masks.png")
+
+
+# ----------------------------------------------------------------------------------------------------- text_generation
+
+PERPLEXITY_LINE = r"([\d.]+) before, ([\d.]+) after training; by the frequencies of characters ([\d.]+)"
+
+
+def test_generation_learns_prose(capsys: pytest.CaptureFixture[str]) -> None:
+    output = _run(capsys, text_generation.main, "--steps", 30, "--prompt", "A class")
+    before, after, guessed = _numbers(PERPLEXITY_LINE, output)
+    assert after < 0.75 * guessed < guessed < before
+    assert "written\n  A class" in output
+
+
+@pytest.mark.slow
+def test_generation_meets_its_criterion(capsys: pytest.CaptureFixture[str]) -> None:
+    output = _run(capsys, text_generation.main)
+    _, after, guessed = _numbers(PERPLEXITY_LINE, output)
+    assert after <= 0.25 * guessed
+    assert "; the same text\n" in output
+
+
+def test_generation_with_a_cache_is_that_without() -> None:
+    """In pieces of one character and more, on our attention and on torch's; in float64 to its rounding."""
+    torch.manual_seed(0)
+    model = text_generation.LanguageModel(20).double().eval()
+    numbers = torch.randint(20, (2, 33))
+    expected, _ = model(numbers)
+    for one in (model, text_generation.stock(model)):
+        scores, cache = [], None
+        for part in numbers.split([20, 1, 1, 7, 4], 1):
+            some, cache = one(part, cache)
+            scores.append(some)
+        torch.testing.assert_close(torch.cat(scores, 1), expected, rtol=1e-10, atol=1e-10)
+    changed = numbers.clone()
+    changed[:, 20:] = 0
+    torch.testing.assert_close(
+        model(changed)[0][:, :20], expected[:, :20], rtol=1e-10, atol=1e-10
+    )  # the future: unseen
+
+
+def test_generation_takes_any_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("\n\n".join(f"Où est le chat {i} ? Il est [là]." for i in range(20)), encoding="utf-8")
+    output = _run(capsys, text_generation.main, "--text", path, "--steps", 1, "--prompt", "Où")
+    assert "written\n  Où" in output
+
+
+def test_generation_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "few.txt"
+    path.write_text("Hello.\n\nHello.\n\nHello again.\n")
+    assert "20 different paragraphs" in _error(capsys, text_generation.main, "--text", path)
+    path.write_text("\n\n".join(map(str, range(20))))
+    assert "more than 256 characters" in _error(capsys, text_generation.main, "--text", path)
+    assert "cannot be read" in _error(capsys, text_generation.main, "--text", tmp_path / "missing.txt")
+    assert "--prompt" in _error(capsys, text_generation.main, "--prompt", "")
