@@ -389,6 +389,7 @@ struct Names {
   PyObject* const data_ptr = PyUnicode_InternFromString("data_ptr");
   PyObject* const dtype = PyUnicode_InternFromString("dtype");
   PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   PyObject* const tiles[5] = {PyUnicode_InternFromString("bits"), PyUnicode_InternFromString("live"),
                               PyUnicode_InternFromString("full"), PyUnicode_InternFromString("live_t"),
                               PyUnicode_InternFromString("full_t")};
@@ -436,6 +437,9 @@ struct Operand {
       size[n] = integer(PyTuple_GET_ITEM(shape.ptr(), n));
       ref.stride[n] = integer(PyTuple_GET_ITEM(strides.ptr(), n));
     }
+    // The imaginary part of a conjugate is the negative of what lies there. Half of a complex number has no neighbour of its kind.
+    if (dims == 0 || size[dims - 1] == 1 || ref.stride[dims - 1] != 1)
+      require(checked(PyObject_CallMethodNoArgs(tensor.ptr(), names().is_neg)).ptr() == Py_False);
     ref.ptr = PyLong_AsVoidPtr(address.ptr());
     ref.dtype = static_cast<DType>(dtype < kInt64 ? dtype : 0);
   }

@@ -914,3 +914,10 @@ def test_bias_that_is_negated_lazily(name):
     assert bias.is_neg()
     out = fastattn.attention(query, key, value, bias=bias, backend=name)
     assert torch.equal(out, fastattn.attention(query, key, value, bias=bias.resolve_neg(), backend=name))
+
+
+def test_query_that_is_negated_lazily():
+    query = torch.randn(2, 4, 7, dtype=torch.complex64).conj().imag.unsqueeze(-1)  # only one column has the stride 1
+    key, value = torch.randn(2, 4, 11, 1), torch.randn(2, 4, 11, 8)
+    assert query.is_neg() and query.stride(-1) == 1
+    assert torch.equal(fastattn.attention(query, key, value), fastattn.attention(query.resolve_neg(), key, value))
