@@ -59,7 +59,8 @@ static T exponentials(T* x, int64_t count) {
   Vec<T> largest = zero<T>();
   for (int64_t n = 0; n < count; n += kWidth<T>) {
     const Vec<T> v = load(x + n), twice = v + v;
-    largest = max(v, max(-v, largest));
+    const Vec<T> number = v == v ? v : zero<T>();  // Arm's maximum would keep a NaN, and lose what its lane holds besides
+    largest = max(number, max(-number, largest));
     const Vec<T> t = fma(twice, broadcast(T(kLog2E)), magic), whole = t - magic;
     const Vec<T> y = fma(whole, low, fma(whole, high, twice));
     Vec<T> p = zero<T>();
