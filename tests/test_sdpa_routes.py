@@ -69,7 +69,7 @@ def judged(report, at_least):
 
 
 def test_numbers_inside():
-    judged(verify(Target("decorated", decorated, "sdpa"), n=30, loss=False), 25)
+    judged(verify(Target("decorated", decorated, "sdpa", on_ours=True), n=30, loss=False), 25)
 
 
 def test_every_name_of_the_function_is_replaced_inside_and_only_there(attended):
@@ -435,7 +435,7 @@ def test_activating_and_restoring(forwards, backwards):
 
 @needs_registry
 def test_numbers_of_the_active_implementation(active, forwards):
-    judged(verify(Target("by_attribute", by_attribute, "sdpa"), n=30, loss=False), 25)
+    judged(verify(Target("by_attribute", by_attribute, "sdpa", on_ours=True), n=30, loss=False), 25)
     assert (
         forwards[0] > 30
     )  # each problem is called more than once; what torch sends to its formula is the smaller part
@@ -544,8 +544,8 @@ def flash(query, key, value, dropout_p=0.0, is_causal=False, scale=None, enable_
 
 def test_numbers_of_the_operators_for_cuda(on_cpu):
     # strict: our rules on empty rows and leaks too.
-    judged(verify(Target("efficient", efficient, "sdpa"), n=20, strict=True, loss=False), 15)
-    judged(verify(Target("flash", flash, "sdpa"), n=40, strict=True, loss=False), 5)
+    judged(verify(Target("efficient", efficient, "sdpa", on_ours=True), n=20, strict=True, loss=False), 15)
+    judged(verify(Target("flash", flash, "sdpa", on_ours=True), n=40, strict=True, loss=False), 5)
 
 
 def layouts(results):

@@ -52,12 +52,14 @@ def multiplies_pairs(case: Case) -> bool:
 
 @dataclass(frozen=True)
 class Target:
-    """A function under test. `own` is set for our backends: they may refuse nothing, and drop what Philox says."""
+    """A function under test. `own` is set for our backends: they may refuse nothing, and drop what Philox says.
+    `on_ours` tells that a function runs on our kernels, where its module does not."""
 
     name: str
     function: Callable[..., Any]
     signature: str
     own: bool = False
+    on_ours: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
     def call(
@@ -75,8 +77,10 @@ class Target:
 
     def multiplies_pairs(self, case: Case) -> bool:
         """Whether the problem meets our CPU kernels that multiply pairs of bfloat16 numbers."""
-        ours = self.name == "cpu" if self.own else getattr(self.function, "__module__", "").startswith("fastattn.")
-        return bool(ours) and multiplies_pairs(case)
+        if self.own:
+            return self.name == "cpu" and multiplies_pairs(case)
+        ours = self.on_ours or getattr(self.function, "__module__", "").startswith("fastattn.")
+        return ours and multiplies_pairs(case)
 
     @property
     def gives_lse(self) -> bool:
