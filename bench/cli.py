@@ -122,7 +122,7 @@ def _check_writable(option: str, path: Path | None, directory: bool) -> None:
 @click.option("--rounds", type=click.IntRange(min=3), help="Undisturbed samples wanted of each contender.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of both sides.  [default: torch's own]")
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
-@click.option("--rows", metavar="TEXT", help="Targets: only the rows whose name contains it.")
+@click.option("--rows", multiple=True, metavar="TEXT", help="Targets: only rows with it in their name; repeatable.")
 @click.option("--repeat", type=click.IntRange(min=1), help="Targets: so many runs, each in a process of its own.")
 @click.option(
     "--level", type=click.Choice(tuple(targets.LEVELS)), help="Targets: both sides held to these instructions."
@@ -158,7 +158,7 @@ def bench(
     rounds: int | None,
     threads: int | None,
     device: str,
-    rows: str | None,
+    rows: tuple[str, ...],
     repeat: int | None,
     level: str | None,
     steps: int | None,
@@ -206,9 +206,10 @@ def bench(
         torch.set_num_threads(threads)
     plans: list[runner.Plan] = []
     if suite == "targets":
+        for text in rows:
+            if not targets.target_plans(named=(text,)):
+                raise BadOption("--rows", f"no row contains {text!r}")
         plans += targets.target_plans(quick, rows)
-        if not plans:
-            raise BadOption("--rows", f"no row contains {rows!r}")
     if suite == "memory":
         plans += suites.memory_plans()
     if suite in ("attention", "all"):
@@ -235,8 +236,8 @@ def bench(
     _print_environment(console, environment)
     records: list[Record] = []
     if repeat is not None or level is not None:
-        given = {"--rows": rows, "--rounds": rounds, "--threads": threads}
-        options = [text for name, value in given.items() if value is not None for text in (name, str(value))]
+        given = [*(("--rows", text) for text in rows), ("--rounds", rounds), ("--threads", threads)]
+        options = [text for name, value in given if value is not None for text in (name, str(value))]
         options += ["--quick"] * quick + ["--backward"] * backward
         try:
             for run in range(1, (repeat or 1) + 1):

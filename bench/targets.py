@@ -66,9 +66,9 @@ def _attention(
     return _row(name, case, Target("sdpa", at_least), *(() if share is None else (Target(SENTINEL, share),)))
 
 
-def target_plans(quick: bool = False, named: str | None = None) -> list[Plan]:
-    """Every row, or those whose name contains ``named``; quick takes fewer samples of each."""
-    plans = [plan for plan in _plans() if named is None or named in plan.row]
+def target_plans(quick: bool = False, named: Sequence[str] = ()) -> list[Plan]:
+    """Every row, or those whose name contains one of ``named``; quick takes fewer samples of each."""
+    plans = [plan for plan in _plans() if not named or any(text in plan.row for text in named)]
     return [replace(plan, rounds=QUICK_ROUNDS, seconds=QUICK_SECONDS) for plan in plans] if quick else plans
 
 

@@ -512,8 +512,11 @@ def test_the_rows_hold_the_table_of_targets():
     assert asked["MultiheadAttention training step (2, 1024, 512)"] == {(STOCK, 2.0)}
     assert asked["masked mse, 60 % masked, forward + backward"] == {("eager", 5.0), ("compile", 2.0), ("copy", 0.8)}
     assert all(plan.targets for plan in plans)
-    causal = targets.target_plans(quick=True, named="causal")
+    causal = targets.target_plans(quick=True, named=("causal",))
     assert {plan.rounds for plan in causal} == {3} and all("causal" in plan.row for plan in causal)
+    some = [plan.row for plan in targets.target_plans(named=("causal", "Swin"))]
+    assert some == [plan.row for plan in plans if "causal" in plan.row or "Swin" in plan.row]
+    assert len(some) > len(causal) > 0
 
 
 BESIDE_SDPA, BESIDE_EAGER = w.Target("sdpa", 1e-9), w.Target("eager", 1e-9)
@@ -597,11 +600,13 @@ def test_runs_are_processes_of_their_own_held_to_a_level(
 
     monkeypatch.setattr(targets.subprocess, "run", child)
     path = tmp_path / "r.jsonl"
-    arguments = ["targets", "--repeat", "3", "--level", "avx2", "--threads", "1", "--rows", "dense", "--quick"]
+    arguments = ["targets", "--repeat", "3", "--level", "avx2", "--threads", "1", "--quick"]
+    arguments += ["--rows", "dense", "--rows", "causal"]
     assert run_cli(["bench", *arguments, "--json", str(path)]) == 0
     assert len(seen) == 3
     for params, env in seen:
-        assert (params["suite"], params["rows"], params["threads"], params["quick"]) == ("targets", "dense", 1, True)
+        assert (params["suite"], params["threads"], params["quick"]) == ("targets", 1, True)
+        assert params["rows"] == ("dense", "causal")
         assert params["repeat"] is None and params["level"] is None
         assert {name: env[name] for name in records.LEVEL_VARIABLES} == targets.LEVELS["avx2"]
     written = records.read(path)
@@ -859,6 +864,7 @@ def test_report_of_nothing_but_failures_is_still_a_page():
         (["loss", "--repeat", "3"], "--repeat.*'loss'"),
         (["targets", "--level", "sse2"], "--level.*'sse2'"),
         (["targets", "--rows", "no such row"], "--rows.*'no such row'"),
+        (["targets", "--rows", "causal", "--rows", "no such row"], "--rows.*'no such row'"),
         (["targets", "--masks", "dense"], "--masks.*'targets'"),
         (["attention", "--threads", "0"], "--threads.*0"),
         (["attention", "--rounds", "1"], "--rounds.*1"),
