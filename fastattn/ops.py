@@ -881,10 +881,8 @@ def _linear_masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Someone differentiates the gradient: through its plain formula, any number of times.
         with _without_autocast(grad_loss.device.type):
-            formula = reference_loss.differentiable_linear_gradients(*tensors, *options)
-        return *(
-            g * grad_loss if want and g is not None else None for g, want in zip(formula, wanted, strict=True)
-        ), *nothing
+            _, *formula = reference_loss.linear_masked_loss(*tensors, *options, wanted)
+        return *(None if g is None else g * grad_loss for g in formula), *nothing
     if any(want and not need for want, need in zip(wanted, need_grad, strict=True)):
         # Traced without a gradient in sight, such as an exported evaluation that is now trained: compute it here.
         _, *gradients = linear_masked_loss(*tensors, *options, list(wanted), backend)
@@ -894,7 +892,7 @@ def _linear_masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor
 def _differentiable_linear_loss(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     weight, bias, target, mask, *options, _, _ = rest
     target = _fixed_target(target, options[4])
-    loss = reference_loss.differentiable_linear_loss(hidden, weight, bias, target, mask, *options)
+    loss, *_ = reference_loss.linear_masked_loss(hidden, weight, bias, target, mask, *options, (False,) * 4)
     return loss, *(hidden.new_empty(0) for _ in range(4))
 
 

@@ -251,6 +251,16 @@ def test_bitwise_the_same_with_any_number_of_threads(patch_size):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+def test_reference_predicts_once(monkeypatch):
+    hidden, weight, bias, target, mask = problem((2, 7, 5, 3))
+    predictions = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *arguments: predictions.append(arguments) or linear(*arguments))
+    loss = linear_masked_mse_loss(hidden, weight.requires_grad_(), bias, target, mask, backend="reference")
+    loss.backward()
+    assert len(predictions) == 1 and weight.grad.abs().max() > 0
+
+
 def test_agrees_with_linear_and_masked_loss(backend):
     *tensors, mask = problem((3, 67, 40, 131))
     hidden, weight, bias, target = tensors

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -260,64 +262,25 @@ def linear_masked_loss(
     beta: float,
     normalize_target: bool,
     eps: float,
-    need_grad: list[bool],
+    need_grad: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The loss of the prediction hidden weight^T + bias, and its gradients by hidden, weight, bias and target, each
     contiguous, or None where `need_grad` has False. `reduction` is not "none".
 
     hidden: (B, N, E). weight: (P, E). bias: (P,). The loss has the dtype of `target`.
     """
-    options = kind, reduction, patch_size, beta, normalize_target, eps
-    loss = differentiable_linear_loss(hidden, weight, bias, target, mask, *options)
-    if not any(need_grad):
-        return loss, None, None, None, None
-    gradients = differentiable_linear_gradients(hidden, weight, bias, target, mask, *options)
-    of_hidden, of_weight, of_bias, of_target = (
-        gradient.contiguous() if need and gradient is not None else None
-        for gradient, need in zip(gradients, need_grad, strict=True)
-    )
-    return loss, of_hidden, of_weight, of_bias, of_target
-
-
-def differentiable_linear_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    mask: Tensor,
-    kind: str,
-    reduction: str,
-    patch_size: int,
-    beta: float,
-    normalize_target: bool,
-    eps: float,
-) -> Tensor:
-    """The loss of `linear_masked_loss`, for torch to differentiate."""
-    difference, counted, _, _ = _head(hidden, weight, bias, target, mask, patch_size, normalize_target, eps)
+    difference, counted, rows, matrix = _head(hidden, weight, bias, target, mask, patch_size, normalize_target, eps)
     value = _value(difference, kind, beta)
     scale = _scale(counted, difference, reduction, value.dtype)
-    return (value.sum(dtype=torch.float64) * scale).to(target.dtype)
-
-
-def differentiable_linear_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    mask: Tensor,
-    kind: str,
-    reduction: str,
-    patch_size: int,
-    beta: float,
-    normalize_target: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """The gradients of `linear_masked_loss` by hidden, weight, bias and target, for torch to differentiate."""
-    difference, counted, rows, matrix = _head(hidden, weight, bias, target, mask, patch_size, normalize_target, eps)
-    slopes = _slope(difference, kind, beta) * _scale(counted, difference, reduction, difference.dtype)  # (B, N, P)
+    loss = (value.sum(dtype=torch.float64) * scale).to(target.dtype)
+    if not any(need_grad):
+        return loss, None, None, None, None
+    slopes = _slope(difference, kind, beta) * scale  # (B, N, P)
+    by_hidden, by_weight, by_bias, by_target = need_grad
     return (
-        (slopes @ matrix).to(hidden.dtype),
-        (slopes.flatten(0, 1).T @ rows.flatten(0, 1)).to(weight.dtype),
-        None if bias is None else slopes.sum((0, 1)).to(bias.dtype),
-        _from_tokens(-slopes, target, patch_size).to(target.dtype),
+        loss,
+        (slopes @ matrix).to(hidden.dtype).contiguous() if by_hidden else None,
+        (slopes.flatten(0, 1).T @ rows.flatten(0, 1)).to(weight.dtype).contiguous() if by_weight else None,
+        slopes.sum((0, 1)).to(bias.dtype) if by_bias and bias is not None else None,
+        _from_tokens(-slopes, target, patch_size).to(target.dtype).contiguous() if by_target else None,
     )

@@ -164,12 +164,8 @@ def _masked_loss(input: Tensor, target: Tensor, mask: Tensor, *rest: Any) -> tup
 
 
 def _linear_masked_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    *rest, need_grad, _ = arguments
-    loss, nothing = reference_loss.differentiable_linear_loss(*rest), rest[0].new_empty(0)
-    if not any(need_grad):
-        return loss, nothing, nothing, nothing, nothing
-    gradients = reference_loss.differentiable_linear_gradients(*rest)
-    return loss, *(nothing if g is None or not need else g for g, need in zip(gradients, need_grad, strict=True))
+    loss, *gradients = reference_loss.linear_masked_loss(*arguments[:-1])
+    return loss, *(arguments[0].new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _additive_attention(
