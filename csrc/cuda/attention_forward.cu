@@ -727,7 +727,6 @@ attention_forward_float_kernel(const FASTATTN_GRID_CONSTANT AttentionForwardPara
 
 // ---- host ----
 
-constexpr int kFewRows = 16;       // up to so many every warp takes all rows, and its share of the keys
 constexpr int64_t kPartTiles = 4;  // key tiles that are worth a block of their own
 constexpr int64_t kMaxParts = 64;
 
@@ -738,7 +737,7 @@ Parts make_parts(const AttentionForwardParams& p, int64_t& bytes) {
   const int64_t heads = p.batch * p.heads_q, tiles = ceil_div(p.len_k, kKeys);
   parts.rows = heads * p.len_q;
   int64_t count = 1;
-  if (p.query.dtype != DType::kFloat32 && p.len_q <= kFewRows && parts.rows > 0)
+  if (p.query.dtype != DType::kFloat32 && p.len_q <= kFewQueries && parts.rows > 0)
     count = min64(min64(2 * device_info().multiprocessors / heads, tiles / kPartTiles), kMaxParts);
   count = max64(count, 1);
   parts.tiles = static_cast<int>(max64(1, ceil_div(tiles, count)));
@@ -808,7 +807,7 @@ void run_16_bit(const AttentionForwardParams& p) {
   constexpr int M = HEAD_DIM <= 128 ? 2 : 1;
   // The exponential takes the scale in when it keeps the order of the scores, and can be held.
   const bool fold = !p.bias && p.scale * kLog2E >= std::numeric_limits<float>::min();
-  if (p.len_q <= kFewRows) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
+  if (p.len_q <= kFewQueries) run<Shape<T, HEAD_DIM, 1, true, true>>(p, false);
   else if (fold && p.dropout.p == 0.0 && p.len_q > 64) run<Shape<T, HEAD_DIM, M, false, false>>(p, true);
   else run<Shape<T, HEAD_DIM, 1, false, true>>(p, false);
 }

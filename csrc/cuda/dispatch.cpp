@@ -1,4 +1,4 @@
-// Chooses the path of a problem: Hopper's where it runs it, else the portable one.
+// Chooses the path of a problem: Hopper's where it runs it and has enough to do, else the portable one.
 #include "dispatch.h"
 
 #include <cstdlib>
@@ -10,12 +10,16 @@
 namespace fastattn::cuda {
 namespace {
 
+// Few queries are the portable forward's, which shares their keys out over blocks: on the Hopper path a head is one block.
+bool suits_hopper(const AttentionForwardParams& params) { return params.len_q > kFewQueries; }
+bool suits_hopper(const AttentionBackwardParams&) { return true; }
+
 // FASTATTN_CUDA_PATH=portable|hopper forces one; asking for Hopper's where it cannot run the problem is an error.
 template <typename Params>
 bool use_hopper(const char* operation, const Params& params, bool (*able)(const Params&)) {
   const char* const asked = std::getenv("FASTATTN_CUDA_PATH");
   const std::string path = asked ? asked : "";
-  if (path.empty()) return able(params);
+  if (path.empty()) return suits_hopper(params) && able(params);
   if (path == "portable") return false;
   if (path != "hopper") throw std::invalid_argument("FASTATTN_CUDA_PATH must be portable or hopper, got '" + path + "'");
   if (!able(params))

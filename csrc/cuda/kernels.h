@@ -14,6 +14,9 @@ inline constexpr int kTileN = 64;
 // The largest head dim, of keys and of values.
 inline constexpr int kMaxHeadDim = 256;
 
+// Up to so many queries are few (decoding): the portable forward shares their keys out over warps and blocks.
+inline constexpr int kFewQueries = 16;
+
 // What callers use (dispatch.cpp): one of the two paths below, for each problem.
 int64_t attention_forward_workspace(const AttentionForwardParams&);
 void attention_forward(const AttentionForwardParams&);
