@@ -80,9 +80,13 @@ TensorMap make_tensor_map(const TensorRef& tensor, const int64_t (&dims)[4], int
   constexpr int64_t kElementBytes = 2;
   cuuint64_t size[4], stride_bytes[3];  // from the columns outwards; the stride of the columns is implied
   for (int n = 0; n < 4; ++n) size[n] = static_cast<cuuint64_t>(dims[3 - n]);
+  uint64_t inner = static_cast<uint64_t>(dims[3]) * kElementBytes;  // bytes of what lies inside of dimension n
   for (int n = 1; n < 4; ++n) {
-    // The stride of a dimension of size 1 is never used, but has to be acceptable.
-    stride_bytes[n - 1] = dims[3 - n] == 1 ? 16 : static_cast<cuuint64_t>(tensor.stride[3 - n] * kElementBytes);
+    // The stride of a dimension of size 1 is never used, but has to be acceptable: a multiple of 16 that is not smaller than
+    // the dimension inside.
+    stride_bytes[n - 1] =
+        dims[3 - n] == 1 ? (inner + 15) / 16 * 16 : static_cast<cuuint64_t>(tensor.stride[3 - n] * kElementBytes);
+    inner = stride_bytes[n - 1] * size[n];
   }
   const cuuint32_t box[4] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t element_stride[4] = {1, 1, 1, 1};
