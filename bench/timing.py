@@ -19,7 +19,7 @@ import torch
 SENTINEL_SHARE = 0.9  # a sample is kept when its sentinel reached this share of the best one
 MIN_KEPT = 3  # with fewer kept samples than this all are used, and the result is marked noisy
 MIN_SAMPLE_SECONDS = 4e-3  # shorter calls are repeated within a sample
-GRAPH_BELOW_SECONDS = 50e-6  # CUDA calls shorter than this are also timed through a graph with a cold L2
+GRAPH_BELOW_SECONDS = 1e-3  # CUDA calls shorter than this are also timed through a graph, without what the host adds
 
 
 @dataclass(frozen=True)
