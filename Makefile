@@ -35,6 +35,10 @@ EMULATED_FLAGS = -DFASTATTN_MODULE=emulated -DFASTATTN_MODULE_DIR=$(CURDIR)/buil
   $(shell $(PY) -c 'import sysconfig, pathlib, torch; print("-DFASTATTN_PYTHON_INCLUDE=" + sysconfig.get_path("include"), \
   "-DFASTATTN_PYBIND11_INCLUDE=" + str(pathlib.Path(torch.__file__).parent / "include"))')
 
+# The C++ tests link the CPU kernels that set-up compiled (none where set-up had no compiler or no ninja).
+CPU_LIBRARY = $(wildcard build/native-$(shell $(PY) -c 'import sys; print(sys.implementation.cache_tag)')/libfastattn_cpu.a)
+SHARED_FLAGS = -DFASTATTN_CPU_LIBRARY=$(abspath $(CPU_LIBRARY))
+
 # cmake and ninja come with the interpreter's packages, or else from the system.
 ifdef PYTHON
   export PATH := $(dir $(PYTHON)):$(PATH)
@@ -96,12 +100,12 @@ test-triton: setup
 
 # The C++ tests, and the CUDA kernels as a Python module that executes them on the CPU.
 cpp-test: setup
-	cmake -S . -B build/cpp-test $(CMAKE_FLAGS) $(EMULATED_FLAGS)
+	cmake -S . -B build/cpp-test $(CMAKE_FLAGS) $(EMULATED_FLAGS) $(SHARED_FLAGS)
 	cmake --build build/cpp-test
 	ctest --test-dir build/cpp-test --output-on-failure -j $(JOBS)
 
 emulator: setup
-	cmake -S . -B build/cpp-test $(CMAKE_FLAGS) $(EMULATED_FLAGS)
+	cmake -S . -B build/cpp-test $(CMAKE_FLAGS) $(EMULATED_FLAGS) $(SHARED_FLAGS)
 	cmake --build build/cpp-test --target fastattn_module
 
 sanitize: setup
