@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastattn import dispatch, ops
-from fastattn.attention import _autocasts, _check_dtypes, _flat_mask, _Sizes
+from fastattn.attention import _check_dtypes, _flat_mask, _Sizes
 from fastattn.dispatch import Problem
 from fastattn.masks import Mask
 
@@ -133,7 +133,7 @@ def _check_score_weight(score_weight: Any, query: Tensor) -> None:
     if not isinstance(score_weight, Tensor):
         raise TypeError(f"score_weight must be a tensor, got {type(score_weight).__name__}")
     if score_weight.dtype != query.dtype and score_weight.dtype != torch.float32:
-        autocast = _autocasts(query.device) and score_weight.dtype in dispatch.KERNEL_DTYPES
+        autocast = ops.autocasts(query.device) and score_weight.dtype in dispatch.KERNEL_DTYPES
         if not autocast:
             raise TypeError(
                 f"score_weight must have the dtype of query, {query.dtype}, or be float32, got {score_weight.dtype}"

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastattn import dispatch, masks, ops
 from fastattn.dispatch import KERNEL_DTYPES, Explanation, Problem
 from fastattn.masks import Mask
+from fastattn.ops import autocasts, computed_dtype
 
 _ACCEPTED_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
 
@@ -90,29 +91,16 @@ def _check_dtypes(query: Tensor, key: Tensor, value: Tensor) -> torch.dtype:
     """The dtype that the operator computes in."""
     dtype = query.dtype
     if dtype in KERNEL_DTYPES and dtype == key.dtype and dtype == value.dtype:
-        if _autocasts(query.device):
-            return _autocast_dtype(query)
-        return dtype
+        return computed_dtype(query)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dtype not in KERNEL_DTYPES:
             raise TypeError(f"{name} must be {_ACCEPTED_DTYPES}, got {tensor.dtype}")
-    if _autocasts(query.device):
-        computed = {_autocast_dtype(tensor) for tensor in (query, key, value)}
-        if len(computed) == 1:
-            return computed.pop()
+    computed = {computed_dtype(tensor) for tensor in (query, key, value)}
+    if len(computed) == 1:
+        return computed.pop()
     raise TypeError(
         f"query, key and value must have the same dtype, got query {query.dtype}, key {key.dtype}, value {value.dtype}"
     )
-
-
-def _autocasts(device: torch.device) -> bool:
-    # Asking about the meta device, which has no autocast, raises.
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def _autocast_dtype(tensor: Tensor) -> torch.dtype:
-    # Autocast leaves float64 alone.
-    return tensor.dtype if tensor.dtype == torch.float64 else torch.get_autocast_dtype(tensor.device.type)
 
 
 def _check_bias(bias: Any, query: Tensor, sizes: _Sizes, name: str = "bias") -> Tensor:
@@ -124,7 +112,7 @@ def _check_bias(bias: Any, query: Tensor, sizes: _Sizes, name: str = "bias") -> 
     if bias.dim() > 4:
         raise ValueError(f"{accepted} = {wanted}, got {tuple(bias.shape)}")
     if bias.dtype != query.dtype and bias.dtype != torch.float32:
-        autocast = _autocasts(query.device) and bias.dtype in KERNEL_DTYPES
+        autocast = autocasts(query.device) and bias.dtype in KERNEL_DTYPES
         if not autocast:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, or be float32, got {bias.dtype}")
     if bias.device != query.device:

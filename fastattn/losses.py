@@ -280,9 +280,7 @@ def fuses_head(hidden: Tensor) -> bool:
     On a CPU not in 16 bits, where torch's linear has instructions that the kernel does not use.
     """
     device = hidden.device.type
-    # Asking about the meta device, which has no autocast, raises.
-    autocast = device != "meta" and hidden.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
+    dtype = ops.computed_dtype(hidden)
     if device == "cpu" and dtype not in (torch.float32, torch.float64):
         return False
     return dispatch.has_kernel(Problem("linear_masked_loss", device, dtype))
@@ -301,7 +299,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be of dtype bool, True = counts; got {mask.dtype}: pass mask.bool()")
     # Autocast brings the head to its own dtype, as it does for torch's linear; float64 it leaves alone.
-    autocast = hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type)
+    autocast = ops.autocasts(hidden.device)
     for name, tensor in {**head, "target": target}.items():
         cast = autocast and torch.float64 not in (tensor.dtype, hidden.dtype)
         if tensor.dtype != hidden.dtype and not cast:
@@ -309,9 +307,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
     for name, tensor in {**head, "target": target, "mask": mask}.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden, {hidden.device}, got {tensor.device}")
-    if autocast and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    return hidden.dtype
+    return ops.computed_dtype(hidden)
 
 
 def _check_tokens(hidden: Tensor, weight: Tensor, target: Tensor, mask: Tensor, patch_size: int | None) -> Tensor:
@@ -396,8 +392,8 @@ def _check_tensors(input: Tensor, target: Tensor, mask: Tensor) -> torch.dtype:
             raise TypeError(f"{name} must be of dtype {_ACCEPTED_DTYPES}, got {tensor.dtype}")
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be of dtype bool, True = counts; got {mask.dtype}: pass mask.bool()")
-    # Autocast brings both to float32, as it does for torch's own losses; the meta device has none.
-    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    # Autocast brings both to float32, as it does for torch's own losses.
+    autocast = ops.autocasts(input.device)
     if target.dtype != input.dtype and not autocast:
         raise TypeError(f"target must have the dtype of input, {input.dtype}, got {target.dtype}")
     if target.shape != input.shape:

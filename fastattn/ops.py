@@ -831,11 +831,10 @@ def _differentiable_additive_backward(grad_out: Tensor, grad_lse: Tensor | None,
 
 def additive_attention_weights(query: Tensor, key: Tensor, lse: Tensor, score_weight: Tensor, *rest: Any) -> Tensor:
     """exp(score - lse) (B, L, S), in plain PyTorch for every backend; `rest` is the mask and the backend."""
-    device_type = query.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if autocasts(query.device):
         # Of what the operator compared, and as exactly: autocast would round the scores.
-        query, key, _ = _cast("additive_attention", (query, key, key), device_type)
-        with _without_autocast(device_type):
+        query, key, _ = _cast("additive_attention", (query, key, key), query.device.type)
+        with _without_autocast(query.device.type):
             return additive_attention_weights(query, key, lse, score_weight, *rest)
     return reference.additive_weights(query, key, lse, score_weight, _additive_mask(query, key, rest))
 
@@ -881,7 +880,7 @@ def _linear_masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # Someone differentiates the gradient: through its plain formula, any number of times.
         with _without_autocast(grad_loss.device.type):
-            _, *formula = reference_loss.linear_masked_loss(*tensors, *options, wanted)
+            formula = reference_loss.linear_masked_loss(*(*tensors, *options, wanted))[1:]
         return *(None if g is None else g * grad_loss for g in formula), *nothing
     if any(want and not need for want, need in zip(wanted, need_grad, strict=True)):
         # Traced without a gradient in sight, such as an exported evaluation that is now trained: compute it here.
@@ -892,7 +891,8 @@ def _linear_masked_loss_gradients(ctx: Any, grad_loss: Tensor | None, *_: Tensor
 def _differentiable_linear_loss(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     weight, bias, target, mask, *options, _, _ = rest
     target = _fixed_target(target, options[4])
-    loss, *_ = reference_loss.linear_masked_loss(hidden, weight, bias, target, mask, *options, (False,) * 4)
+    arguments = hidden, weight, bias, target, mask, *options, (False,) * 4
+    loss = reference_loss.linear_masked_loss(*arguments)[0]
     return loss, *(hidden.new_empty(0) for _ in range(4))
 
 
@@ -989,6 +989,19 @@ def _linear_loss_flops(hidden: Any, weight: Any, *rest: Any, **kwargs: Any) -> i
 
 # Autocast: attention runs in the autocast dtype, with lse in its own; the losses run in float32, as torch's do. Inside
 # an operator nothing is cast again, nor in a backward that runs within the region.
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for the tensors of a device."""
+    # Asking about the meta device, which has no autocast, raises.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an operator computes on `x`: that of autocast where it is on, which leaves float64 alone."""
+    if x.dtype == torch.float64 or not autocasts(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def _cast(name: str, arguments: tuple[Any, ...], device_type: str) -> list[Any]:
@@ -1337,11 +1350,9 @@ def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable
     def without_autocast(function: Callable, arguments: Sequence[Any]) -> Any:
         if not torch._C._is_any_autocast_enabled():
             return function(arguments)
-        device_type = arguments[anchor].device.type
-        if device_type == "meta":  # which has no autocast
-            return function(arguments)
-        cast = _cast(name, tuple(arguments), device_type) if torch.is_autocast_enabled(device_type) else arguments
-        with torch.autocast(device_type, enabled=False):
+        device = arguments[anchor].device
+        cast = _cast(name, tuple(arguments), device.type) if autocasts(device) else arguments
+        with _without_autocast(device.type):
             return function(cast)
 
     def call(*arguments: Any) -> Any:

@@ -70,6 +70,11 @@ def imported_modules(path):
                 yield module
 
 
+def test_autocast_is_asked_about_in_one_place():
+    asked = {path.name: path.read_text().count("is_autocast_enabled(") for path in sorted(PACKAGE.rglob("*.py"))}
+    assert {name: count for name, count in asked.items() if count} == {"ops.py": 1}
+
+
 def ours(path):
     for name in imported_modules(path):
         if name == "fastattn":

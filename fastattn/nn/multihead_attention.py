@@ -10,7 +10,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastattn.attention import _attention_packed, _attention_with_seed, _autocasts, _draw_seed, attention_weights
+from fastattn.attention import _attention_packed, _attention_with_seed, _draw_seed, attention_weights, autocasts
 from fastattn.masks import Mask
 
 
@@ -365,7 +365,7 @@ def _view_attn_mask(attn_mask: Tensor, batch: int, heads: int, len_q: int, len_k
 
 def _linear(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The projection of an input; a dtype that it refuses raises torch's exception type with the input's name."""
-    if x.dtype != weight.dtype and not _autocasts(x.device):
+    if x.dtype != weight.dtype and not autocasts(x.device):
         raise RuntimeError(f"{name} must have the dtype of the module's weight, {weight.dtype}, got {x.dtype}")
     return F.linear(x, weight, bias)
 
@@ -375,7 +375,7 @@ def _checked_bias(bias: Tensor | None, projected: Tensor) -> Tensor | None:
     if bias is None or bias.dtype in (projected.dtype, torch.float32):
         return bias
     half = (torch.bfloat16, torch.float16)
-    if bias.dtype in half and _autocasts(projected.device):
+    if bias.dtype in half and autocasts(projected.device):
         return bias
     raise RuntimeError(
         f"Expected float masks (attn_mask, key_padding_mask) of the query's dtype {projected.dtype} or float32, "
