@@ -41,6 +41,11 @@ class MaskOperands(NamedTuple):
     stride_kseg: Any = (0, 0)  # (b, j)
     bits: Any = None
     stride_bits: Any = (0, 0, 0)  # (b, h, i)
+    end: Any = None  # see below
+
+
+# Triton 3.6 sees the constants in the tuples of a tuple once the outer one gets a constant of its own behind them:
+# without, a stride of 1, which is a constant, is None in a loop. Hence `end` in every tuple that has tuples.
 
 
 class TileOperands(NamedTuple):
@@ -58,6 +63,7 @@ class TileOperands(NamedTuple):
     num_other: Any = 0
     key_live: Any = None
     stride_live: Any = (0, 0)  # (b, h)
+    end: Any = None
 
 
 # Host ----------------------------------------------------------------------------------------------------------------

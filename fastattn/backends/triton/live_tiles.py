@@ -34,6 +34,7 @@ class _MapOperands(NamedTuple):
     stride: Any = (0, 0, 0)  # (b, h, tile of queries)
     block_m: Any = 1
     block_n: Any = 1
+    end: Any = None
 
 
 @triton.jit

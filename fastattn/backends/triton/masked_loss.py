@@ -25,6 +25,7 @@ class Strides(NamedTuple):
 
     group: tuple[int, ...]
     element: tuple[int, ...]
+    end: Any = None  # as that of MaskOperands
 
 
 @triton.jit
