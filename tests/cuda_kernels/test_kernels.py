@@ -17,7 +17,9 @@ EMULATED = Path(__file__).parents[2] / "build" / "emulator" / "_cuda.so"
 cuda = dispatch.load("cuda")
 needs_cpu = pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason=f"{dispatch.NATIVE_FAILURE}")
 needs_emulator = pytest.mark.skipif(not dispatch.CUDA_EMULATED, reason="the library is for GPUs, not the emulator's")
-needs_gpu = pytest.mark.skipif(dispatch.CUDA_EMULATED, reason="the emulator has no streams and nothing asynchronous")
+needs_gpu = pytest.mark.skipif(
+    dispatch.CUDA_EMULATED or not torch.cuda.is_available(), reason="needs a GPU: streams, nothing asynchronous without"
+)
 
 NAMES = ("bits", "live", "full", "live_t", "full_t")
 
