@@ -93,8 +93,6 @@ def _has_code_for(capability: tuple[int, int]) -> bool:
 
 def _triton_why_not(problem: Problem) -> list[str]:
     reasons = []
-    if problem.operation == "additive_attention":
-        reasons.append("it has no kernel of additive attention")
     if problem.operation == "linear_masked_loss":
         reasons.append("it has no kernel of the linear head with its loss")
     if TRITON_FAILURE is not None:
@@ -123,7 +121,7 @@ def _gpu_kernel_reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.dtype not in GPU_DTYPES:
         reasons.append(f"it has no {problem.dtype} kernels")
-    if problem.head_dim > MAX_HEAD_DIM_GPU:
+    if problem.head_dim > MAX_HEAD_DIM_GPU and problem.operation != "additive_attention":
         reasons.append(f"its largest head dim is {MAX_HEAD_DIM_GPU}, this one is {problem.head_dim}")
     return reasons
 

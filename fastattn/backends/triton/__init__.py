@@ -8,6 +8,7 @@ launches, but in torch 2.13 it takes a tuple among a kernel's arguments for a co
 in one, would be those of the first call for ever.
 """
 
+from fastattn.backends.triton.additive_attention import additive_attention_backward, additive_attention_forward
 from fastattn.backends.triton.attention_backward import attention_backward
 from fastattn.backends.triton.attention_forward import attention_forward
 from fastattn.backends.triton.attention_weights import attention_weights, attention_weights_backward
@@ -15,6 +16,8 @@ from fastattn.backends.triton.mask_tiles import mask_tiles
 from fastattn.backends.triton.masked_loss import masked_loss, masked_loss_backward_none
 
 __all__ = [
+    "additive_attention_backward",
+    "additive_attention_forward",
     "attention_backward",
     "attention_forward",
     "attention_weights",

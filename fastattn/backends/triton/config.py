@@ -105,6 +105,12 @@ _INTERPRETED = {
     "dkv": Config(64, 32),
     "dbias": Config(64, 64),
 }
+# Of additive attention, for every device: 32 rows of its own in the backward, with all their features.
+_ADDITIVE = {
+    "forward": Config(32, 64, 4, 1),
+    "dq": Config(32, 64, 8, 1),
+    "dkv": Config(64, 32, 8, 1),
+}
 # Bytes that a thread may spill, of up to 1020 in its registers, by the head dim of its tile.
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
     ("attention_forward_kernel", 64): 8,  # tf32 on 8.0
@@ -256,6 +262,11 @@ def backward_short(query: Tensor, len_k: int, head_dim: int) -> Config | None:
 
 def weights(query: Tensor, head_dim: int) -> Config:
     return table("dbias", query, head_dim, None, None)
+
+
+def additive(kernel: str) -> Config:
+    """For a kernel of additive attention: "forward", "dq" or "dkv"."""
+    return _ADDITIVE[kernel]
 
 
 def programs_wanted(tensor: Tensor) -> int:
