@@ -112,7 +112,7 @@ def additive_prepare_kernel(
         inside = (rows < length)[:, None] & (dims < features)[None, :]
         pointers = x_ptr + b * stride[0] + rows[:, None] * stride[2] + dims[None, :]
         x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        largest = tl.maximum(largest, tl.max(tl.where(x == x, tl.abs(x), 0.0), 1))
         e = _exponential(x)
         pointers = columns_ptr + (b * padded_features + dims[None, :]) * padded + rows[:, None]
         tl.store(pointers, e, mask=(dims < padded_features)[None, :] & (rows < padded)[:, None])
@@ -209,7 +209,7 @@ def additive_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION_P: tl.constexpr,  # see _Launch
 ):
     pid = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -236,7 +236,6 @@ def additive_forward_kernel(
             live = cols < len_k
             if masked:
                 live = attended_keys(mask, tiles, b, h, cols, len_q, len_k)
-            # Not <=: NaN takes the factors, where it stays NaN.
             direct = tl.maximum(largest_q, _largest(key, b, cols, live)) > _GUARD
             s = _scores(
                 query, key, rows, cols, b, weight_ptr, features, padded_features, direct, BLOCK_M, BLOCK_N
@@ -247,7 +246,7 @@ def additive_forward_kernel(
             p, m_i, alpha, l_i = _softmax_step(s, m_i, l_i, LOG2E, masked)
             acc = acc * alpha[:, None]
             v = _load_tile(v_ptr, stride_v[2], cols, live, dims, dim_v)  # [BLOCK_N, BLOCK_DV]
-            acc = dot(p.to(v.dtype), v, acc, PRECISION)
+            acc = dot(p, v.to(tl.float32), acc, PRECISION_P)
 
     valid = rows < len_q
     empty = l_i == 0.0  # NaN is not empty
@@ -348,13 +347,13 @@ def _add_gradients(
         else:
             e1 = tl.minimum(own * y1[None, :], _LARGEST, propagate_nan=tl.PropagateNan.ALL)
             e2 = tl.minimum(own * y2[None, :], _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        if MASKED:
+            # Of a key that nobody attends to, or a query without keys, it may be NaN, and the other one shares its
+            # division.
+            e1, e2 = tl.where(ds1 != 0.0, e1, 0.0), tl.where(ds2 != 0.0, e2, 0.0)
         x1, x2 = e1 + 1.0, e2 + 1.0
         inverse = 1.0 / (x1 * x2)
         r1, r2 = inverse * x2, inverse * x1
-        if MASKED:
-            # What a query may not attend to may be NaN, or belong to a query without keys.
-            r1, r2 = tl.where(ds1 != 0.0, r1, 0.0), tl.where(ds2 != 0.0, r2, 0.0)
-            e1, e2 = tl.where(ds1 != 0.0, e1, 0.0), tl.where(ds2 != 0.0, e2, 0.0)
         acc = tl.fma(ds1 * r1, r1 * e1, acc)
         acc = tl.fma(ds2 * r2, r2 * e2, acc)
         if WITH_WEIGHT:
@@ -477,6 +476,7 @@ def additive_backward_dkv_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRECISION_P: tl.constexpr,
 ):
     pid = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -513,7 +513,7 @@ def additive_backward_dkv_kernel(
                 *(BLOCK_M, BLOCK_N, BLOCK_DV, PRECISION),
             )  # [BLOCK_N, BLOCK_M]
             do = _load_tile(do_ptr, stride_do[2], rows, rows < len_q, dims_v, dim_v)
-            dv = dot(p.to(do.dtype), do, dv, PRECISION)
+            dv = dot(p, do.to(tl.float32), dv, PRECISION_P)
             _pass_on(ds_ptr, ds, BLOCK_N, BLOCK_M)
             if direct:
                 acc, _ = _add_gradients(
@@ -546,6 +546,8 @@ class _Launch:
         self.query, self.key = self._side(query, backward), self._side(key, backward)
         self.weight = score_weight.to(torch.float32)
         self.precision = dot_precision(query.dtype)
+        # Probabilities are not rounded to 16 bits: they enter products as three terms of tf32.
+        self.precision_p = self.precision if query.dtype == torch.float32 else "tf32x3"
         self.sizes = (self.A, self.padded_features, self.Dv)
 
     def _side(self, x: Tensor, backward: bool) -> Side:
@@ -593,7 +595,7 @@ def additive_attention_forward(
         additive_forward_kernel[(B * num_m, chunks)](
             *(launch.query, launch.key, launch.value, launch.weight, out.unsqueeze(1), lse, launch.operands),
             *(launch.tiles(chosen, True), rows_of(launch.value), rows_of(out.unsqueeze(1)), *launch.sizes, num_m),
-            **dict(BLOCK_DV=block_dv, PRECISION=launch.precision),
+            **dict(BLOCK_DV=block_dv, PRECISION_P=launch.precision_p),
             **chosen.constants(),
         )
     return out, lse
@@ -644,7 +646,7 @@ def additive_attention_backward(
             ds = _scratch(query, B * num_n * chunks, chosen)
             additive_backward_dkv_kernel[(B * num_n, chunks)](
                 *(*shared, launch.tiles(chosen, False), ds, grad_key, grad_value, *strides, *launch.sizes, num_n),
-                **constants,
+                **(constants | dict(PRECISION_P=launch.precision_p)),
                 **chosen.constants(),
             )
     return grad_query, grad_key, grad_value, grad_weight.sum((0, 1)).to(score_weight.dtype)
