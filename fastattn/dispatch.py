@@ -93,8 +93,6 @@ def _has_code_for(capability: tuple[int, int]) -> bool:
 
 def _triton_why_not(problem: Problem) -> list[str]:
     reasons = []
-    if problem.operation == "linear_masked_loss":
-        reasons.append("it has no kernel of the linear head with its loss")
     if TRITON_FAILURE is not None:
         reasons.append(TRITON_FAILURE)
     if problem.device == "cuda":

@@ -277,9 +277,12 @@ def _linear_masked_loss(
 def fuses_head(hidden: Tensor) -> bool:
     """Whether the fused head is the faster one on tensors like `hidden`: a kernel of it runs, not its plain formula.
 
-    On a CPU not in 16 bits, where torch's linear has instructions that the kernel does not use.
+    On a CPU not in 16 bits, where torch's linear has instructions that the kernel does not use; on a GPU never, where
+    the kernels have not been measured.
     """
     device = hidden.device.type
+    if device == "cuda":
+        return False
     dtype = ops.computed_dtype(hidden)
     if device == "cpu" and dtype not in (torch.float32, torch.float64):
         return False

@@ -237,6 +237,63 @@ def test_losses_and_tile_maps_compile(capability, tmp_path):
             assert re.search(r"\bLDG\.E\.128", instructions), name
 
 
+ADDITIVE = [
+    pytest.param(
+        *(capability, dtype, features, masked),
+        marks=[] if (capability, features, masked) == (90, 64, None) else pytest.mark.slow,
+    )
+    for capability in config.CAPABILITIES
+    for dtype in (torch.bfloat16, torch.float32)
+    for features, masked in ((64, None), (256, None), (256, "dense"))
+]
+
+
+@pytest.mark.parametrize("capability,dtype,features,masked", ADDITIVE)
+def test_additive_attention_compiles(capability, dtype, features, masked, tmp_path):
+    query, weight, lse = torch.zeros(2, 130, features, dtype=dtype), torch.zeros(features), torch.zeros(2, 130)
+    mask = None
+    if masked is not None:
+        keep = torch.ones(130, 130, dtype=torch.bool)
+        mask = Mask.dense(keep).kernel_form(2, 1, 130, 130, query.device, 64, 64)
+    inputs = (query, query, query, weight)
+    with compiling_for(capability) as compiled:
+        backend.additive_attention_forward(*inputs, mask)
+        backend.additive_attention_backward(query, lse, *inputs, query, lse, mask)
+    names = {name for name, _ in compiled if name.startswith("additive")}
+    assert names == {f"additive_{name}_kernel" for name in ("prepare", "forward", "backward_dq", "backward_dkv")}
+    for name, kernel in compiled:
+        registers, stack, _ = inspect(kernel, tmp_path)
+        print(f"{name}: {registers} registers, {stack} bytes spilled, {kernel.metadata.shared} bytes shared")
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability], name
+        assert stack <= config.SPILL_ALLOWANCE.get((name, features), 0), f"{name} spills {stack} bytes"
+
+
+LINEAR = [
+    pytest.param(capability, dtype, normalize, marks=[] if (capability, normalize) == (90, True) else pytest.mark.slow)
+    for capability in config.CAPABILITIES
+    for dtype in (torch.bfloat16, torch.float32)
+    for normalize in (True, False)
+]
+
+
+@pytest.mark.parametrize("capability,dtype,normalize", LINEAR)
+def test_linear_losses_compile(capability, dtype, normalize, tmp_path):
+    hidden, weight, bias = (torch.zeros(shape, dtype=dtype) for shape in ((2, 16, 96), (192, 96), (192,)))
+    images, mask = torch.zeros(2, 3, 32, 32, dtype=dtype), torch.ones(2, 4, 4, dtype=torch.bool)
+    with compiling_for(capability) as compiled:
+        options = ("l1", "masked_mean", 8, 1.0, normalize, 1e-6, [True, True, True, not normalize])
+        backend.linear_masked_loss(hidden, weight, bias, images, mask, *options)
+    kernels = {"counted_tokens_kernel"} | {f"linear_loss_{name}_kernel" for name in ("slopes", "hidden", "weight")}
+    assert {name for name, _ in compiled} == kernels | ({"linear_loss_moments_kernel"} if normalize else set())
+    for name, kernel in compiled:
+        registers, stack, instructions = inspect(kernel, tmp_path)
+        print(f"{name}: {registers} registers, {stack} bytes spilled, {kernel.metadata.shared} bytes shared")
+        assert kernel.metadata.shared <= SHARED_LIMIT[capability], name
+        assert stack == 0, f"{name} spills {stack} bytes"
+        if name == "linear_loss_slopes_kernel" and dtype != torch.float32:
+            assert re.search(TENSOR_CORES[capability], instructions), f"{name} does not use the tensor cores"
+
+
 # (B, Hq, Hkv, L, S, D, Dv): a size of 1 is a compile-time constant to Triton, and takes another way through the code.
 SIZES = {
     "long": (2, 4, 2, 130, 600, 40, 64),

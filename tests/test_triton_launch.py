@@ -124,6 +124,31 @@ def test_losses_never_wait(launched, reduction, normalize):
     assert set(launched) == {"masked_loss_kernel"}
 
 
+@pytest.mark.parametrize("kind", ["none", "causal", "lengths", "padding", "dense"])
+def test_additive_attention_never_waits(launched, kind):
+    query, key = (on_gpu(2, length, 64, requires_grad=True) for length in (70, 300))
+    value, weight = on_gpu(2, 300, 32, requires_grad=True), on_gpu(64, dtype=torch.float32, requires_grad=True)
+    mask = masks(2, 1, 70, 300)[kind]
+    out, lse = fastattn.additive_attention(query, key, value, weight, mask=mask, return_lse=True)
+    assert out.shape == (2, 70, 32) and lse.shape == (2, 70)
+    gradients = torch.autograd.grad(out.float().sum() + lse.sum(), (query, key, value, weight))
+    assert [x.shape for x in gradients] == [x.shape for x in (query, key, value, weight)]
+    assert {f"additive_backward_{name}_kernel" for name in ("dq", "dkv")} <= set(launched)
+
+
+@pytest.mark.parametrize("reduction", ["masked_mean", "mean", "sum"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_linear_losses_never_wait(launched, reduction, normalize):
+    hidden, weight, bias = (on_gpu(*shape, requires_grad=True) for shape in ((2, 9, 24), (40, 24), (40,)))
+    target, mask = on_gpu(2, 9, 40), on_gpu(2, 9, dtype=torch.bool)
+    options = dict(reduction=reduction, normalize_target=normalize)
+    loss = fastattn.linear_masked_mse_loss(hidden, weight, bias, target, mask, **options)
+    loss.backward()
+    assert loss.shape == () and bias.grad.shape == bias.shape
+    assert {f"linear_loss_{name}_kernel" for name in ("slopes", "hidden", "weight")} <= set(launched)
+    assert ("linear_loss_moments_kernel" in launched) == normalize
+
+
 @pytest.mark.parametrize(
     "wait",
     [

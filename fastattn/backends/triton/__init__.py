@@ -12,6 +12,7 @@ from fastattn.backends.triton.additive_attention import additive_attention_backw
 from fastattn.backends.triton.attention_backward import attention_backward
 from fastattn.backends.triton.attention_forward import attention_forward
 from fastattn.backends.triton.attention_weights import attention_weights, attention_weights_backward
+from fastattn.backends.triton.linear_masked_loss import linear_masked_loss
 from fastattn.backends.triton.mask_tiles import mask_tiles
 from fastattn.backends.triton.masked_loss import masked_loss, masked_loss_backward_none
 
@@ -22,6 +23,7 @@ __all__ = [
     "attention_forward",
     "attention_weights",
     "attention_weights_backward",
+    "linear_masked_loss",
     "mask_tiles",
     "masked_loss",
     "masked_loss_backward_none",

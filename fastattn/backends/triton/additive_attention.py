@@ -6,26 +6,30 @@ division, w1 / x1 + w2 / x2 = (w1 x2 + w2 x1) / (x1 x2); x is cut off at 2^60, w
 from 0, and columns of e^(2q) and e^(2k), [A, L] and [A, S], make every load of a feature contiguous. Gradients,
 d tanh(x) / dx = 4 r (1 - r): a thread holds some features of its own rows and walks the other side, two rows to a
 division, so that no sum crosses threads; ds of a tile passes through memory of the program's own for that. 1 - r is
-formed as r e^(2q) e^(2k), which loses no digits where r is close to 1. A tile with a |q| or |k| beyond 43, whose square
-of an exponential float32 does not hold, takes e^(2 (q + k)) for each pair.
+formed as r e^(2q) e^(2k), which loses no digits where r is close to 1. A tile with a |q| or |k| beyond 43, of which
+float32 does not hold e^(2x), takes e^(2 (q + k)) for each pair.
 
-Design, for one H200 at B = 32, L = S = 512, A = 256 (2.1 G elements). Tiles: forward 32 x 64 in 4 warps, 16 pairs a
-thread beside the accumulators of the output; 512 programs, 4 a multiprocessor. Backward 32 rows of its own with all of
-up to 256 features, 32 elements a thread in 8 warps, and as many accumulators (dq and dw: twice). Larger A, and Dv beyond
-256 (backward) or 128, are cut into chunks over programs, which repeat the scores. Bytes: inputs, their exponentials
-twice in float32, gradients: below 0.2 GB, 0.05 ms; so arithmetic decides. An element costs about 7 instructions in the
-forward, at 132 x 128 lanes x 1.75 GHz 0.5 ms, and 38 in the backward, 2.7 ms. Eager writes and reads the 8.6 GB of
-q + k and of its tanh: 8 ms and more, so a ratio of 15 is expected. None of this has been measured on a GPU.
+Design, for one H200 at B = 32, L = S = 512, A = 256 (2.1 G elements). Forward: tiles of 32 x 32, 8 pairs a thread
+beside the accumulators of 128 numbers of a value; 512 programs of 4 warps, 2 a multiprocessor. Backward: 32 rows of its
+own (64 for 64 features and fewer) with all of up to 256 features, 16 elements a thread and as many accumulators, with
+dw twice, against 64 of the other side. Larger A and Dv are cut into chunks over programs, which repeat the scores.
+Bytes: inputs, their exponentials twice in float32, gradients: below 0.2 GB, 0.05 ms; so arithmetic decides. An element
+takes about 5 instructions in the forward and 28 in the backward: at 132 multiprocessors x 128 lanes x 1.75 GHz
+0.4 ms and 2.0 ms, without what waiting costs. Eager writes and reads the 8.6 GB of q + k and of its tanh, 8 ms at the
+4.3 TB/s of a copy. Expected: 10 to 20 times eager. Nothing of this has been measured on a GPU.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import libdevice
 
 from fastattn.backends.triton import config
 from fastattn.backends.triton.attention_backward import _delta, _load_row_state
@@ -52,6 +56,7 @@ from fastattn.backends.triton.common import (
 from fastattn.backends.triton.live_tiles import live_tiles
 from fastattn.masks import KernelMask
 
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _CHUNK = tl.constexpr(8)  # features that are summed before they join the score: what cancels stays small
 _GUARD = tl.constexpr(43.0)  # e^(2x) is a normal number up to here
 _LARGEST = tl.constexpr(float(2**60))  # of 1 + e^(2q) e^(2k): the product of two is finite
@@ -79,6 +84,15 @@ def _exponential(x):
     y = (x * 2 - n * 0.693359375) + n * 2.12194440e-4
     power = ((tl.where(n == n, n, 0.0).to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return tl.math.exp2(y * LOG2E) * power
+
+
+@triton.jit
+def _divide(x, y):
+    """x / y for y in [1, 2^120], or NaN: without the steps that a y near the ends of float32 takes."""
+    if _INTERPRETED:
+        return x / y
+    else:
+        return libdevice.fast_dividef(x, y)
 
 
 @triton.jit
@@ -135,6 +149,59 @@ def _store_tile(ptr, stride, rows, valid, dims, dim, x):
 
 
 @triton.jit
+def _direct_scores(
+    one, other, one_rows, other_rows, b, weight_ptr, features, BLOCK_ONE: tl.constexpr, BLOCK_OTHER: tl.constexpr
+):
+    s = tl.zeros([BLOCK_ONE, BLOCK_OTHER], tl.float32)
+    one_ptr = one.raw + b * one.stride[0] + one_rows.to(tl.int64) * one.stride[2]
+    other_ptr = other.raw + b * other.stride[0] + other_rows.to(tl.int64) * other.stride[2]
+    for d in range(0, features):
+        x = tl.load(one_ptr + d, mask=one_rows < one.length, other=0.0).to(tl.float32)
+        y = tl.load(other_ptr + d, mask=other_rows < other.length, other=0.0).to(tl.float32)
+        e = _direct_exponential(x[:, None] + y[None, :])
+        s += tl.load(weight_ptr + d) * (1.0 - _divide(2.0, 1.0 + e))
+    return s
+
+
+@triton.jit
+def _two_features(one_ptr, other_ptr, stride_one, stride_other, weight_ptr):
+    """(w1 r1 + w2 r2 of every pair, w1 + w2)."""
+    w1, w2 = tl.load(weight_ptr), tl.load(weight_ptr + 1)
+    x1 = _one_plus(tl.load(one_ptr)[:, None], tl.load(other_ptr)[None, :])
+    x2 = _one_plus(tl.load(one_ptr + stride_one)[:, None], tl.load(other_ptr + stride_other)[None, :])
+    return _divide(tl.fma(x2, w1, x1 * w2), x1 * x2), w1 + w2
+
+
+@triton.jit
+def _factored_scores(
+    one,
+    other,
+    one_rows,
+    other_rows,
+    b,
+    weight_ptr,
+    padded_features,
+    BLOCK_ONE: tl.constexpr,
+    BLOCK_OTHER: tl.constexpr,
+):
+    s = tl.zeros([BLOCK_ONE, BLOCK_OTHER], tl.float32)
+    one_ptr = one.columns + b * padded_features * one.padded + one_rows
+    other_ptr = other.columns + b * padded_features * other.padded + other_rows
+    for first in range(0, padded_features, _CHUNK):
+        part, weights = _two_features(one_ptr, other_ptr, one.padded, other.padded, weight_ptr + first)
+        for step in tl.static_range(2, _CHUNK, 2):
+            one_ptr += 2 * one.padded
+            other_ptr += 2 * other.padded
+            term, more = _two_features(one_ptr, other_ptr, one.padded, other.padded, weight_ptr + first + step)
+            part += term
+            weights += more
+        one_ptr += 2 * one.padded
+        other_ptr += 2 * other.padded
+        s += tl.fma(part, -2.0, weights)
+    return s
+
+
+@triton.jit
 def _scores(
     one,
     other,
@@ -150,32 +217,10 @@ def _scores(
 ):
     """w · tanh(q + k), [BLOCK_ONE, BLOCK_OTHER]: the same bits whichever side is `one`. The tiles lie in the padded
     lengths."""
-    s = tl.zeros([BLOCK_ONE, BLOCK_OTHER], tl.float32)
     if direct:
-        one_ptr = one.raw + b * one.stride[0] + one_rows.to(tl.int64) * one.stride[2]
-        other_ptr = other.raw + b * other.stride[0] + other_rows.to(tl.int64) * other.stride[2]
-        for d in range(0, features):
-            x = tl.load(one_ptr + d, mask=one_rows < one.length, other=0.0).to(tl.float32)
-            y = tl.load(other_ptr + d, mask=other_rows < other.length, other=0.0).to(tl.float32)
-            e = _direct_exponential(x[:, None] + y[None, :])
-            s += tl.load(weight_ptr + d) * (1.0 - 2.0 / (1.0 + e))
+        s = _direct_scores(one, other, one_rows, other_rows, b, weight_ptr, features, BLOCK_ONE, BLOCK_OTHER)
     else:
-        one_ptr = one.columns + b * padded_features * one.padded + one_rows
-        other_ptr = other.columns + b * padded_features * other.padded + other_rows
-        for first in range(0, padded_features, _CHUNK):
-            part = tl.zeros([BLOCK_ONE, BLOCK_OTHER], tl.float32)
-            weight_sum = 0.0
-            for step in tl.static_range(0, _CHUNK, 2):
-                d = first + step
-                w1 = tl.load(weight_ptr + d, mask=d < features, other=0.0)
-                w2 = tl.load(weight_ptr + d + 1, mask=d + 1 < features, other=0.0)
-                weight_sum += w1 + w2
-                x1 = _one_plus(tl.load(one_ptr)[:, None], tl.load(other_ptr)[None, :])
-                x2 = _one_plus(tl.load(one_ptr + one.padded)[:, None], tl.load(other_ptr + other.padded)[None, :])
-                part += tl.fma(x2, w1, x1 * w2) / (x1 * x2)
-                one_ptr += 2 * one.padded
-                other_ptr += 2 * other.padded
-            s += tl.fma(part, -2.0, weight_sum)
+        s = _factored_scores(one, other, one_rows, other_rows, b, weight_ptr, padded_features, BLOCK_ONE, BLOCK_OTHER)
     return s
 
 
@@ -195,7 +240,7 @@ def additive_forward_kernel(
     query,
     key,
     v_ptr,  # [B, 1, S, Dv]
-    weight_ptr,  # [A] float32
+    weight_ptr,  # float32 [padded_features], 0 in the padding
     out_ptr,  # [B, 1, L, Dv]
     lse_ptr,  # [B, L] contiguous
     mask,
@@ -297,10 +342,11 @@ def _grad_scores(
         dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         i, j = rows[:, None], cols[None, :]
         shift, delta = shift[:, None], delta[:, None]
-    for first in range(0, dim_v, BLOCK_DV):
-        dims = first + tl.arange(0, BLOCK_DV)
-        v = _load_tile(v_ptr, stride_v[2], cols, live, dims, dim_v)  # [BLOCK_N, BLOCK_DV]
-        do = _load_tile(do_ptr, stride_do[2], rows, rows < len_q, dims, dim_v)  # [BLOCK_M, BLOCK_DV]
+    BLOCK_P: tl.constexpr = 64 if BLOCK_DV > 64 else BLOCK_DV  # of a step: fewer registers
+    for first in range(0, dim_v, BLOCK_P):
+        dims = first + tl.arange(0, BLOCK_P)
+        v = _load_tile(v_ptr, stride_v[2], cols, live, dims, dim_v)  # [BLOCK_N, BLOCK_P]
+        do = _load_tile(do_ptr, stride_do[2], rows, rows < len_q, dims, dim_v)  # [BLOCK_M, BLOCK_P]
         if TRANSPOSED:
             dp = dot(v, tl.trans(do), dp, PRECISION)
         else:
@@ -334,7 +380,7 @@ def _add_gradients(
     BLOCK_OTHER: tl.constexpr,
 ):
     lanes = tl.arange(0, BLOCK_OWN)
-    for n in range(0, BLOCK_OTHER, 2):
+    for n in range(0, tl.minimum(length - first, BLOCK_OTHER), 2):
         at = first + n
         row_ptr = other_ptr + at.to(tl.int64) * stride + dims
         y1 = tl.load(row_ptr, mask=(dims < features) & (at < length), other=0.0).to(tl.float32)
@@ -352,13 +398,13 @@ def _add_gradients(
             # division.
             e1, e2 = tl.where(ds1 != 0.0, e1, 0.0), tl.where(ds2 != 0.0, e2, 0.0)
         x1, x2 = e1 + 1.0, e2 + 1.0
-        inverse = 1.0 / (x1 * x2)
+        inverse = _divide(1.0, x1 * x2)
         r1, r2 = inverse * x2, inverse * x1
         acc = tl.fma(ds1 * r1, r1 * e1, acc)
         acc = tl.fma(ds2 * r2, r2 * e2, acc)
         if WITH_WEIGHT:
-            acc_weight += ds1 * tl.fma(r1, -2.0, 1.0)
-            acc_weight += ds2 * tl.fma(r2, -2.0, 1.0)
+            acc_weight = tl.fma(tl.fma(r1, -2.0, 1.0), ds1, acc_weight)
+            acc_weight = tl.fma(tl.fma(r2, -2.0, 1.0), ds2, acc_weight)
     return acc, acc_weight
 
 
@@ -434,10 +480,10 @@ def additive_backward_dq_kernel(
             )
             _pass_on(ds_ptr, ds, BLOCK_M, BLOCK_N)
             if direct:
+                raw = _load_tile(own_ptr, query.stride[2], rows, valid, dims, features).to(tl.float32)
                 acc, acc_weight = _add_gradients(
-                    *(acc, acc_weight, _load_tile(own_ptr, query.stride[2], rows, valid, dims, features).to(tl.float32)),
-                    *(key.raw + b * key.stride[0], key.stride[2], ds_ptr, n0, len_k, dims, features),
-                    *(True, masked, True, BLOCK_M, BLOCK_N),
+                    *(acc, acc_weight, raw, key.raw + b * key.stride[0], key.stride[2], ds_ptr, n0, len_k),
+                    *(dims, features, True, masked, True, BLOCK_M, BLOCK_N),
                 )
             else:
                 acc, acc_weight = _add_gradients(
@@ -516,10 +562,10 @@ def additive_backward_dkv_kernel(
             dv = dot(p, do.to(tl.float32), dv, PRECISION_P)
             _pass_on(ds_ptr, ds, BLOCK_N, BLOCK_M)
             if direct:
+                raw = _load_tile(own_ptr, key.stride[2], cols, live, dims, features).to(tl.float32)
                 acc, _ = _add_gradients(
-                    *(acc, acc, _load_tile(own_ptr, key.stride[2], cols, live, dims, features).to(tl.float32)),
-                    *(query.raw + b * query.stride[0], query.stride[2], ds_ptr, m0, len_q, dims, features),
-                    *(True, masked, False, BLOCK_N, BLOCK_M),
+                    *(acc, acc, raw, query.raw + b * query.stride[0], query.stride[2], ds_ptr, m0, len_q),
+                    *(dims, features, True, masked, False, BLOCK_N, BLOCK_M),
                 )
             else:
                 acc, _ = _add_gradients(
@@ -544,7 +590,7 @@ class _Launch:
         self.operands = mask_operands(mask, self.L, self.S)
         self.padded_features = triton.cdiv(self.A, _CHUNK.value) * _CHUNK.value
         self.query, self.key = self._side(query, backward), self._side(key, backward)
-        self.weight = score_weight.to(torch.float32)
+        self.weight = F.pad(score_weight.to(torch.float32), (0, self.padded_features - self.A))
         self.precision = dot_precision(query.dtype)
         # Probabilities are not rounded to 16 bits: they enter products as three terms of tf32.
         self.precision_p = self.precision if query.dtype == torch.float32 else "tf32x3"
@@ -589,7 +635,7 @@ def additive_attention_forward(
         return out, lse
     with on_device(query):
         launch = _Launch(query, key, value, score_weight, mask, False)
-        chosen = config.additive("forward")
+        chosen = config.additive("forward", launch.A)
         num_m = triton.cdiv(L, chosen.block_m)
         chunks, block_dv = _chunks(launch.Dv, _MAX_DIM // 2)
         additive_forward_kernel[(B * num_m, chunks)](
@@ -631,7 +677,7 @@ def additive_attention_backward(
         chunks_v, block_dv = _chunks(Dv, _MAX_DIM)
         constants = dict(BLOCK_A=block_a, BLOCK_DV=block_dv, PRECISION=launch.precision)
 
-        chosen = config.additive("dq")
+        chosen = config.additive("dq", block_a)
         num_m = triton.cdiv(L, chosen.block_m)
         grad_weight = query.new_empty((B, num_m, A), dtype=torch.float32)
         ds = _scratch(query, B * num_m * chunks_a, chosen)
@@ -641,7 +687,7 @@ def additive_attention_backward(
             **chosen.constants(),
         )
         if S:
-            chosen = config.additive("dkv")
+            chosen = config.additive("dkv", block_a)
             num_n, chunks = triton.cdiv(S, chosen.block_n), max(chunks_a, chunks_v)
             ds = _scratch(query, B * num_n * chunks, chosen)
             additive_backward_dkv_kernel[(B * num_n, chunks)](

@@ -105,12 +105,6 @@ _INTERPRETED = {
     "dkv": Config(64, 32),
     "dbias": Config(64, 64),
 }
-# Of additive attention, for every device: 32 rows of its own in the backward, with all their features.
-_ADDITIVE = {
-    "forward": Config(32, 64, 4, 1),
-    "dq": Config(32, 64, 8, 1),
-    "dkv": Config(64, 32, 8, 1),
-}
 # Bytes that a thread may spill, of up to 1020 in its registers, by the head dim of its tile.
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
     ("attention_forward_kernel", 64): 8,  # tf32 on 8.0
@@ -264,9 +258,22 @@ def weights(query: Tensor, head_dim: int) -> Config:
     return table("dbias", query, head_dim, None, None)
 
 
-def additive(kernel: str) -> Config:
-    """For a kernel of additive attention: "forward", "dq" or "dkv"."""
-    return _ADDITIVE[kernel]
+def additive(kernel: str, features: int) -> Config:
+    """For a kernel of additive attention, on every device: "forward", "dq" or "dkv".
+
+    features: those that a program of the backward holds, a power of two up to 256: its own rows are so many that a
+    thread has 16 of them. There have to be more threads than features: the compiler then lets each thread load the
+    numbers of the other side that it needs, and does not send them through shared memory.
+    """
+    if kernel == "forward":
+        return Config(32, 32, 4, 1)
+    own, num_warps = (32, 16) if features > 128 else (min(64, 4096 // features), 8)
+    return Config(own, 64, num_warps, 1) if kernel == "dq" else Config(64, own, num_warps, 1)
+
+
+def linear_loss(hidden: Tensor) -> Config:
+    """For every product of the linear head with its loss."""
+    return Config(32, 64, 4, 2) if hidden.dtype == torch.float32 else Config(64, 64, 4, 3)
 
 
 def programs_wanted(tensor: Tensor) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastattn.backends.triton.common import on_device, strides_of
 
 _TILE = 2048  # elements of a program
-_KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}
+KINDS = {"l2": 0, "l1": 1, "smooth_l1": 2}
 
 
 class Strides(NamedTuple):
@@ -29,8 +29,8 @@ class Strides(NamedTuple):
 
 
 @triton.jit
-def _offsets(index, sizes, strides):
-    # Mixed radix: the last coordinate runs fastest.
+def group_offsets(index, sizes, strides):
+    """Where in a tensor, by three coordinates: mixed radix, the last one runs fastest."""
     last = index % sizes[2]
     middle = index // sizes[2] % sizes[1]
     first = index // sizes[2] // sizes[1]
@@ -42,19 +42,63 @@ def _counted(mask_ptr, strides, group, element, groups, elements, group_sizes, e
     """Which of the tile's elements count, [GROUPS, ELEMS]."""
     inside = (group < groups)[:, None] & (element < elements)[None, :]
     offsets = (
-        _offsets(group, group_sizes, strides.group)[:, None]
-        + _offsets(element, element_sizes, strides.element)[None, :]
+        group_offsets(group, group_sizes, strides.group)[:, None]
+        + group_offsets(element, element_sizes, strides.element)[None, :]
     )
     return inside & (tl.load(mask_ptr + offsets, mask=inside, other=0) != 0)
 
 
 @triton.jit
-def _load(ptr, strides, group, element, group_sizes, element_sizes, wanted):
+def load_elements(ptr, strides, group, element, group_sizes, element_sizes, wanted):
     offsets = (
-        _offsets(group, group_sizes, strides.group)[:, None]
-        + _offsets(element, element_sizes, strides.element)[None, :]
+        group_offsets(group, group_sizes, strides.group)[:, None]
+        + group_offsets(element, element_sizes, strides.element)[None, :]
     )
     return tl.load(ptr + offsets, mask=wanted, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def value_and_slope(difference, beta, KIND: tl.constexpr):
+    """The loss of prediction - target and its derivative; NaN stays."""
+    size = tl.abs(difference)
+    sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
+    if KIND == 0:
+        return difference * difference, 2.0 * difference
+    elif KIND == 1:
+        return size, sign
+    else:
+        value = tl.where(size < beta, 0.5 * difference * difference / beta, size - 0.5 * beta)
+        return value, tl.where(size < beta, difference / beta, sign)
+
+
+@triton.jit
+def moments(
+    target_ptr,
+    strides,
+    group,  # [GROUPS]
+    wanted,  # [GROUPS]
+    group_sizes,
+    element_sizes,
+    elements,
+    eps,
+    GROUPS: tl.constexpr,
+    ELEMS: tl.constexpr,
+):
+    """(mean, 1 / sqrt(variance + eps)) over the elements of each group."""
+    mean = tl.zeros([GROUPS], tl.float32)
+    for start in range(0, elements, ELEMS):
+        element = start + tl.arange(0, ELEMS).to(tl.int64)
+        inside = wanted[:, None] & (element < elements)[None, :]
+        mean += tl.sum(load_elements(target_ptr, strides, group, element, group_sizes, element_sizes, inside), 1)
+    mean = mean / elements
+    inverse = tl.zeros([GROUPS], tl.float32)
+    for start in range(0, elements, ELEMS):
+        element = start + tl.arange(0, ELEMS).to(tl.int64)
+        inside = wanted[:, None] & (element < elements)[None, :]
+        target = load_elements(target_ptr, strides, group, element, group_sizes, element_sizes, inside)
+        deviation = tl.where(inside, target - mean[:, None], 0.0)
+        inverse += tl.sum(deviation * deviation, 1)
+    return mean, 1.0 / tl.sqrt_rn(inverse / (elements - 1) + eps)
 
 
 @triton.jit
@@ -89,22 +133,12 @@ def masked_loss_kernel(
     group = (pid // num_chunks).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     first = pid % num_chunks * ELEMS
     last = tl.minimum(first + ELEMS, elements)
-    mean = tl.zeros([GROUPS], tl.float32)
-    inverse = tl.zeros([GROUPS], tl.float32)
     if NORMALIZE:
         last = elements
-        for start in range(0, elements, ELEMS):
-            element = start + tl.arange(0, ELEMS).to(tl.int64)
-            wanted = (group < groups)[:, None] & (element < elements)[None, :]
-            mean += tl.sum(_load(target_ptr, target_strides, group, element, group_sizes, element_sizes, wanted), 1)
-        mean = mean / elements
-        for start in range(0, elements, ELEMS):
-            element = start + tl.arange(0, ELEMS).to(tl.int64)
-            wanted = (group < groups)[:, None] & (element < elements)[None, :]
-            target = _load(target_ptr, target_strides, group, element, group_sizes, element_sizes, wanted)
-            deviation = tl.where(wanted, target - mean[:, None], 0.0)
-            inverse += tl.sum(deviation * deviation, 1)
-        inverse = 1.0 / tl.sqrt_rn(inverse / (elements - 1) + eps)
+        mean, inverse = moments(
+            *(target_ptr, target_strides, group, group < groups, group_sizes, element_sizes, elements, eps),
+            *(GROUPS, ELEMS),
+        )
     scale = 1.0
     if scale_ptr is not None:
         scale = tl.load(scale_ptr)
@@ -113,43 +147,35 @@ def masked_loss_kernel(
     for start in range(first, last, ELEMS):
         element = start + tl.arange(0, ELEMS).to(tl.int64)
         counted = _counted(mask_ptr, mask_strides, group, element, groups, elements, group_sizes, element_sizes)
-        x = _load(input_ptr, input_strides, group, element, group_sizes, element_sizes, counted)
-        t = _load(target_ptr, target_strides, group, element, group_sizes, element_sizes, counted)
+        x = load_elements(input_ptr, input_strides, group, element, group_sizes, element_sizes, counted)
+        t = load_elements(target_ptr, target_strides, group, element, group_sizes, element_sizes, counted)
         if NORMALIZE:
             t = (t - mean[:, None]) * inverse[:, None]
         # A select: what does not count may be anything, and 0 * NaN is NaN.
         difference = tl.where(counted, x - t, 0.0)
-        size = tl.abs(difference)
-        sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
-        if KIND == 0:
-            value = difference * difference
-            slope = 2.0 * difference
-        elif KIND == 1:
-            value = size
-            slope = sign
-        else:
-            value = tl.where(size < beta, 0.5 * difference * difference / beta, size - 0.5 * beta)
-            slope = tl.where(size < beta, difference / beta, sign)
+        value, slope = value_and_slope(difference, beta, KIND)
         inside = (group < groups)[:, None] & (element < elements)[None, :]
         if loss_ptr is not None:
-            loss_offsets = _offsets(group, group_sizes, loss_strides.group)[:, None]
-            loss_offsets += _offsets(element, element_sizes, loss_strides.element)[None, :]
+            loss_offsets = group_offsets(group, group_sizes, loss_strides.group)[:, None]
+            loss_offsets += group_offsets(element, element_sizes, loss_strides.element)[None, :]
             tl.store(loss_ptr + loss_offsets, value.to(loss_ptr.dtype.element_ty), mask=inside)
         if partial_ptr is not None:
             total += tl.sum(value, 1)
         if grad_ptr is not None:
             gradient = slope * scale
             if grad_loss_ptr is not None:
-                upstream = _load(grad_loss_ptr, grad_loss_strides, group, element, group_sizes, element_sizes, counted)
+                upstream = load_elements(
+                    grad_loss_ptr, grad_loss_strides, group, element, group_sizes, element_sizes, counted
+                )
                 gradient = tl.where(counted, gradient * upstream, 0.0)
-            grad_offsets = _offsets(group, group_sizes, grad_strides.group)[:, None]
-            grad_offsets += _offsets(element, element_sizes, grad_strides.element)[None, :]
+            grad_offsets = group_offsets(group, group_sizes, grad_strides.group)[:, None]
+            grad_offsets += group_offsets(element, element_sizes, grad_strides.element)[None, :]
             tl.store(grad_ptr + grad_offsets, gradient.to(grad_ptr.dtype.element_ty), mask=inside)
     if partial_ptr is not None:
         tl.store(partial_ptr + pid, tl.sum(total, 0))
 
 
-class _Layout:
+class Layout:
     """The groups of one problem."""
 
     def __init__(self, input: Tensor, patch_size: int) -> None:
@@ -202,7 +228,7 @@ def _launch(
     grad_input: Tensor | None = None,
 ) -> Tensor | None:
     """Runs the kernel on a problem with elements; returns the sum of the loss, float64 of shape (), if wanted."""
-    layout = _Layout(input, patch_size)
+    layout = Layout(input, patch_size)
     num_chunks = 1 if normalize_target else triton.cdiv(layout.elements, layout.elems)
     programs = triton.cdiv(layout.groups, layout.groups_per_program) * num_chunks
     partial = torch.empty(programs, dtype=torch.float32, device=input.device) if want_sum else None
@@ -215,7 +241,7 @@ def _launch(
         masked_loss_kernel[(programs,)](
             *(input, target, mask.view(torch.uint8), grad_loss, scale, loss, partial, grad_input, *strides),
             *(layout.group_sizes, layout.element_sizes, layout.groups, layout.elements, num_chunks, beta, eps),
-            KIND=_KINDS[kind],
+            KIND=KINDS[kind],
             NORMALIZE=normalize_target,
             GROUPS=layout.groups_per_program,
             ELEMS=layout.elems,

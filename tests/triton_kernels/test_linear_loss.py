@@ -1,0 +1,58 @@
+"""The prediction head fused with its loss on the Triton backend, by the harness and against the reference."""
+
+import importlib
+from unittest import mock
+
+import pytest
+import torch
+
+import fastattn
+from fastattn.testing.cases import random_linear_loss_case
+from fastattn.testing.checks import FAIL, check_linear_loss
+
+backend = importlib.import_module("fastattn.backends.triton.linear_masked_loss")
+
+
+@pytest.mark.parametrize("index", [*range(6), *(pytest.param(n, marks=pytest.mark.slow) for n in range(6, 24))])
+def test_random_problems(index):
+    dtype = (torch.float32, torch.bfloat16, torch.float32, torch.float16)[index % 4]
+    checks = check_linear_loss("triton", random_linear_loss_case(7, index, dtype, small=True))
+    failed = [f"{check.name}: {check.detail}" for check in checks if check.status == FAIL]
+    assert not failed, "\n".join(failed)
+
+
+def losses(name, tokens, dim_in, dim_out, **options):
+    """Loss and gradients of one problem."""
+    torch.manual_seed(6)
+    shapes = (2, tokens, dim_in), (dim_out, dim_in), (dim_out,), (2, tokens, dim_out)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    mask = torch.rand(2, tokens) < 0.6
+    loss = fastattn.linear_masked_smooth_l1_loss(*tensors, mask, backend=name, **options)
+    return loss.detach(), *torch.autograd.grad(loss, tensors)
+
+
+def assert_close(ours, expected):
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+
+
+def test_blocks_of_tokens():
+    # 90 tokens count: the second block holds some of them, the third none.
+    with mock.patch.object(backend, "_BLOCK_TOKENS", 64):
+        assert_close(losses("triton", 75, 20, 33), losses("reference", 75, 20, 33))
+
+
+@pytest.mark.slow
+def test_splits_of_the_tokens():
+    assert_close(losses("triton", 400, 40, 70), losses("reference", 400, 40, 70))
+
+
+def test_each_gradient_alone():
+    _, *expected = losses("triton", 9, 8, 12)
+    for n in range(4):
+        torch.manual_seed(6)
+        tensors = [torch.randn(shape) for shape in ((2, 9, 8), (12, 8), (12,), (2, 9, 12))]
+        tensors[n].requires_grad_()
+        mask = torch.rand(2, 9) < 0.6
+        fastattn.linear_masked_smooth_l1_loss(*tensors, mask, backend="triton").backward()
+        assert torch.equal(tensors[n].grad, expected[n])
