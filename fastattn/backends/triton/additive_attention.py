@@ -9,14 +9,14 @@ division, so that no sum crosses threads; ds of a tile passes through memory of 
 formed as r e^(2q) e^(2k), which loses no digits where r is close to 1. A tile with a |q| or |k| beyond 43, of which
 float32 does not hold e^(2x), takes e^(2 (q + k)) for each pair.
 
-Design, for one H200 at B = 32, L = S = 512, A = 256 (2.1 G elements). Forward: tiles of 32 x 32, 8 pairs a thread
-beside the accumulators of 128 numbers of a value; 512 programs of 4 warps, 2 a multiprocessor. Backward: 32 rows of its
-own (64 for 64 features and fewer) with all of up to 256 features, 16 elements a thread and as many accumulators, with
-dw twice, against 64 of the other side. Larger A and Dv are cut into chunks over programs, which repeat the scores.
-Bytes: inputs, their exponentials twice in float32, gradients: below 0.2 GB, 0.05 ms; so arithmetic decides. An element
-takes about 5 instructions in the forward and 28 in the backward: at 132 multiprocessors x 128 lanes x 1.75 GHz
-0.4 ms and 2.0 ms, without what waiting costs. Eager writes and reads the 8.6 GB of q + k and of its tanh, 8 ms at the
-4.3 TB/s of a copy. Expected: 10 to 20 times eager. Nothing of this has been measured on a GPU.
+Design, for one H200 at B = 32, L = S = 512, A = 256 (2.1 G elements). Forward: tiles of 32 x 32, 4 pairs a thread
+beside the accumulators of 128 numbers of a value; 512 programs of 8 warps. Backward: 16 rows of its own (32 for 64
+features) with all of up to 256 features, 8 elements a thread and as many accumulators, with dw twice, against 32 of
+the other side. Larger A and Dv are cut into chunks over programs, which repeat the scores. Bytes: inputs, their
+exponentials twice in float32, gradients: below 0.2 GB, 0.05 ms; so arithmetic decides. An element takes about 5
+instructions in the forward and 28 in the backward: at 132 multiprocessors x 128 lanes x 1.75 GHz 0.4 ms and 2.0 ms,
+without loads and what waiting costs. Eager writes and reads the 8.6 GB of q + k and of its tanh, 8 ms at the 4.3 TB/s
+of a copy. Expected: 10 to 20 times eager. Nothing of this has been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -282,9 +282,7 @@ def additive_forward_kernel(
             if masked:
                 live = attended_keys(mask, tiles, b, h, cols, len_q, len_k)
             direct = tl.maximum(largest_q, _largest(key, b, cols, live)) > _GUARD
-            s = _scores(
-                query, key, rows, cols, b, weight_ptr, features, padded_features, direct, BLOCK_M, BLOCK_N
-            )
+            s = _scores(query, key, rows, cols, b, weight_ptr, features, padded_features, direct, BLOCK_M, BLOCK_N)
             if masked:
                 keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
                 s = tl.where(keep, s, NEG_INF)

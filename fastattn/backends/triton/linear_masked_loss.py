@@ -32,7 +32,6 @@ from fastattn.backends.triton.masked_loss import (
 )
 
 _BLOCK_TOKENS = 8192  # a multiple of every tile
-_DEPTH = 32  # of a step of a product
 
 
 @triton.jit
@@ -288,7 +287,8 @@ def linear_masked_loss(
         its_moments = _moments(target, layout, index, count, eps) if normalize_target else None
 
         chosen = config.linear_loss(hidden)
-        constants = chosen.constants() | dict(BLOCK_K=_DEPTH)
+        depth = 16 if hidden.dtype == torch.float32 else 32  # of a step of a product
+        constants = chosen.constants() | dict(BLOCK_K=depth)
         precision = dot_precision(hidden.dtype)
         # Slopes are not rounded to 16 bits: they enter products as three terms of tf32.
         precision_slopes = precision if hidden.dtype == torch.float32 else "tf32x3"
@@ -299,7 +299,7 @@ def linear_masked_loss(
         slopes = hidden.new_empty((block, dim_out), dtype=torch.float32) if backward else None
         rows_out = triton.cdiv(dim_out, chosen.block_m)
         splits = max(1, min(config.programs_wanted(hidden) // (rows_out * max(tiles_in, 1)), block // 256))
-        split_tokens = triton.cdiv(triton.cdiv(block, splits), _DEPTH) * _DEPTH
+        split_tokens = triton.cdiv(triton.cdiv(block, splits), depth) * depth
         weight_parts, bias_parts = (
             hidden.new_empty((splits, *x.shape), dtype=torch.float32) if x is not None else None
             for x in (of_weight, of_bias)
