@@ -291,7 +291,7 @@ def test_linear_losses_compile(capability, dtype, normalize, tmp_path):
         assert kernel.metadata.shared <= SHARED_LIMIT[capability], name
         assert stack == 0, f"{name} spills {stack} bytes"
         if name == "linear_loss_slopes_kernel" and dtype != torch.float32:
-            assert re.search(TENSOR_CORES[capability], instructions), f"{name} does not use the tensor cores"
+            assert re.search(r"\bHMMA\b", instructions), f"{name} does not use the tensor cores"
 
 
 # (B, Hq, Hkv, L, S, D, Dv): a size of 1 is a compile-time constant to Triton, and takes another way through the code.

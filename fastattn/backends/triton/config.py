@@ -108,6 +108,8 @@ _INTERPRETED = {
 # Bytes that a thread may spill, of up to 1020 in its registers, by the head dim of its tile.
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
     ("additive_forward_kernel", 256): 8,  # float32 on 8.0
+    ("additive_backward_dq_kernel", 64): 16,
+    ("additive_backward_dkv_kernel", 64): 72,  # float32 on 8.0
     ("additive_backward_dq_kernel", 256): 208,  # outside the loops over features and rows
     ("additive_backward_dkv_kernel", 256): 288,
     ("attention_forward_kernel", 64): 8,  # tf32 on 8.0
@@ -274,9 +276,13 @@ def additive(kernel: str, features: int) -> Config:
     return Config(own, 32, num_warps, 1) if kernel == "dq" else Config(32, own, num_warps, 1)
 
 
-def linear_loss(hidden: Tensor) -> Config:
-    """For every product of the linear head with its loss."""
-    return Config(32, 64, 4, 2) if hidden.dtype == torch.float32 else Config(64, 64, 4, 3)
+def linear_loss() -> Config:
+    """For every product of the linear head with its loss.
+
+    32 tokens: the offsets of 64 in the target take more registers than there are, and for 10.0 Triton 3.7.1 fails to
+    compile them.
+    """
+    return Config(32, 64, 8, 2)
 
 
 def programs_wanted(tensor: Tensor) -> int:

@@ -286,7 +286,7 @@ def linear_masked_loss(
         layout = Layout(target, patch_size)
         its_moments = _moments(target, layout, index, count, eps) if normalize_target else None
 
-        chosen = config.linear_loss(hidden)
+        chosen = config.linear_loss()
         depth = 16 if hidden.dtype == torch.float32 else 32  # of a step of a product
         constants = chosen.constants() | dict(BLOCK_K=depth)
         precision = dot_precision(hidden.dtype)
