@@ -21,7 +21,7 @@ from fastattn.bench.records import Record
 from fastattn.bench.timing import Sentinel
 from fastattn.bench.workloads import MASK_KINDS
 
-SUITES = ("attention", "mha", "loss", "simmim", "transformers", "targets", "scaling", "memory", "all")
+SUITES = ("attention", "mha", "additive", "loss", "simmim", "transformers", "targets", "scaling", "memory", "all")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 WIDTH_WITHOUT_TERMINAL = 190
 QUICK_ROUNDS, FULL_ROUNDS = 5, 9
@@ -172,9 +172,9 @@ def bench(
     """Measure throughput, time and memory beside every peer that is there.
 
     Every contender is checked against float64 first; one that is wrong gets no speed. Suites: attention, mha
-    (layers), loss, simmim, transformers (models; needs that package); targets: each CPU kernel beside torch with its
-    target, met when all runs are; scaling: time over the length, the share of live keys and the threads; memory: the
-    peak of training steps; all: the suites without transformers, targets and memory.
+    (layers), additive, loss, simmim, transformers (models; needs that package); targets: each CPU kernel beside torch
+    with its target, met when all runs are; scaling: time over the length, the share of live keys and the threads;
+    memory: the peak of training steps; all: the suites without additive, transformers, targets and memory.
     """
     if compared is not None:
         _compare(context, compared, tolerated)
@@ -185,7 +185,7 @@ def bench(
         raise BadOption("--device", "cuda was asked for, but torch sees no GPU")
     _refuse_unused(suite, {"--shapes": shapes, "--masks": masks}, ("attention", "mha", "all"))
     _refuse_unused(suite, {"--contender": contenders}, ("attention", "all"))
-    _refuse_unused(suite, {"--dtype": dtype}, ("attention", "mha", "loss", "all"))
+    _refuse_unused(suite, {"--dtype": dtype}, ("attention", "mha", "additive", "loss", "all"))
     _refuse_unused(suite, {"--steps": steps, "--size": size, "--seed": seed}, ("simmim", "all"))
     _refuse_unused(suite, {"--rows": rows, "--repeat": repeat, "--level": level}, ("targets",))
     if suite in ("targets", "scaling", "memory") and device != "cpu":
@@ -229,6 +229,8 @@ def bench(
         plans = [plan for plan in plans if getattr(plan.case, "backward", False)]
     if suite in ("loss", "all"):
         plans += suites.loss_plans(quick, dtype, backward, device)
+    if suite == "additive":
+        plans += suites.additive_plans(quick, dtype, backward, device)
 
     pictures = _pictures(None) if suite in ("simmim", "all") else []
     console = _console()

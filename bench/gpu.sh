@@ -11,8 +11,8 @@
 #   tests     the whole test suite: tests.log
 #   sanitize  compute-sanitizer's memcheck and racecheck on a few problems, where the toolkit has it: sanitizer.log
 #   bench     speed: the CUDA kernels, their portable path, Triton's, every SDPA backend, FlexAttention, in the parts
-#             forward, backward, masks, decode, compiled (FlexAttention and torch.compile) and loss: results-PART.jsonl (one
-#             record a contender and case)
+#             forward, backward, masks, decode, compiled (FlexAttention and torch.compile), loss and additive:
+#             results-PART.jsonl (one record a contender and case)
 #   quick     a few cases of it: results-quick.jsonl
 # The build alone is STEPS=" ". Without nvcc, FASTATTN_CUDA=off leaves the CUDA kernels out.
 set -euo pipefail
@@ -22,7 +22,7 @@ PYTHON=${PYTHON:-python3}
 PYTHON=$(command -v "$PYTHON")
 RESULTS=${1:-${OUT:-bench/results}}
 STEPS=${STEPS:-verify kernels tests sanitize bench}
-STEPS=${STEPS/bench/forward backward masks decode compiled loss}
+STEPS=${STEPS/bench/forward backward masks decode compiled loss additive}
 CORES=$(nproc)
 mkdir -p "$RESULTS"
 RESULTS=$(cd "$RESULTS" && pwd)
@@ -100,7 +100,7 @@ for step in $STEPS; do
       done
     fi
     ;;
-  quick | forward | backward | masks | decode | compiled | loss)
+  quick | forward | backward | masks | decode | compiled | loss | additive)
     rm -f "$RESULTS/results-$step.jsonl"
     lengths="4,16,1024,128;4,16,4096,128;2,16,8192,128;4,16,4096,64;4,8,4096,256;64,12,197,64;512,6,49,32"
     case $step in # --quick leaves out the contenders that compile
@@ -122,7 +122,7 @@ for step in $STEPS; do
         measure attention --dtype bfloat16 --masks causal,window,segments --shapes "4,16,4096,128" --rounds 5 $backward
       done
       ;;
-    loss) measure loss ;;
+    loss | additive) for dtype in float32 bfloat16; do measure $step --dtype $dtype; done ;;
     esac
     ;;
   *)

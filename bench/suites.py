@@ -8,7 +8,16 @@ from itertools import product
 
 from fastattn.bench.contenders import OUR_BACKENDS, OURS, STOCK, STOCK_SLOW
 from fastattn.bench.runner import Plan
-from fastattn.bench.workloads import MASK_KINDS, AttentionCase, Condition, HeadCase, LossCase, MhaCase, ModelCase
+from fastattn.bench.workloads import (
+    MASK_KINDS,
+    AdditiveCase,
+    AttentionCase,
+    Condition,
+    HeadCase,
+    LossCase,
+    MhaCase,
+    ModelCase,
+)
 
 Shape = tuple[int, int, int, int, int, int]  # batch, query heads, key heads, L, S, head dim
 
@@ -184,12 +193,27 @@ def loss_plans(quick: bool, dtype: str | None = None, backward: bool = False, de
         peers = frozenset({"eager", "compile"} if with_gradient or not quick else {"eager"})
         if with_gradient or not backward:
             plans.append(Plan(case, peers, frozenset({OURS, "eager"}) if with_gradient else frozenset()))
-    if device == "cpu":  # the head of SimMIM's Swin, which predicts 32 x 32 pixels, and of a ViT-B with patches of 16
-        for head, with_gradient in product([(32, 36, 768, 3072)][quick:] + [(16, 196, 768, 768)], (False, True)):
-            if with_gradient or not backward:
-                fused = HeadCase(*head, dtype=dtype or "float32", backward=with_gradient)
-                peers = frozenset({"eager"} if quick else {"eager", "compile"})
-                plans.append(Plan(fused, peers, frozenset({OURS, "eager"}) if with_gradient else frozenset()))
+    # The head of SimMIM's Swin, which predicts 32 x 32 pixels, and of a ViT-B with patches of 16.
+    heads = [(32, 36, 768, 3072), (16, 196, 768, 768)]
+    if device != "cpu":
+        heads = [(256, 36, 768, 3072), (128, 196, 768, 768)]
+    for head, with_gradient in product(heads[quick:], (False, True)):
+        if with_gradient or not backward:
+            fused = HeadCase(*head, dtype=dtype or "float32", backward=with_gradient, device=device)
+            peers = frozenset({"eager"} if quick else {"eager", "compile"})
+            plans.append(Plan(fused, peers, frozenset({OURS, "eager"}) if with_gradient else frozenset()))
+    return plans
+
+
+def additive_plans(quick: bool, dtype: str | None = None, backward: bool = False, device: str = "cpu") -> list[Plan]:
+    """Additive attention, forward and with the backward."""
+    sizes = [(1, 512, 256)] if device == "cpu" else [(32, 512, 256), (64, 197, 64)]
+    plans = []
+    for size, with_backward in product(sizes[: 1 if quick else None], (False, True)):
+        if with_backward or not backward:
+            case = AdditiveCase(*size, dtype=dtype or "float32", backward=with_backward, device=device)
+            measured = frozenset({OURS, "eager"}) if with_backward else frozenset()
+            plans.append(Plan(case, frozenset({"eager"} if quick else {"eager", "compile"}), measured))
     return plans
 
 

@@ -16,9 +16,16 @@ QUICK = "contract_1_ or contract_5 or contract_10 or contract_12 or lowest"
 pytestmark = pytest.mark.skipif(dispatch.TRITON_FAILURE is not None, reason=f"{dispatch.TRITON_FAILURE}")
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_in_the_interpreter(name):
-    run(str(FOLDER / name))
+# The long one by itself; starting a process takes longer than most of the others.
+ALONE = FOLDER / "test_attention.py"
+
+
+def test_attention_in_the_interpreter():
+    run(str(ALONE))
+
+
+def test_the_others_in_the_interpreter():
+    run(*(str(path) for path in sorted(FOLDER.glob("test_*.py")) if path != ALONE))
 
 
 def test_quick_contracts_in_the_interpreter():

@@ -238,16 +238,14 @@ def test_losses_and_tile_maps_compile(capability, tmp_path):
 
 
 ADDITIVE = [
-    pytest.param(
-        *(capability, dtype, features, masked),
-        marks=[] if (capability, features, masked) == (90, 64, None) else pytest.mark.slow,
-    )
+    (capability, dtype, features, masked)
     for capability in config.CAPABILITIES
     for dtype in (torch.bfloat16, torch.float32)
     for features, masked in ((64, None), (256, None), (256, "dense"))
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability,dtype,features,masked", ADDITIVE)
 def test_additive_attention_compiles(capability, dtype, features, masked, tmp_path):
     query, weight, lse = torch.zeros(2, 130, features, dtype=dtype), torch.zeros(features), torch.zeros(2, 130)
@@ -269,7 +267,10 @@ def test_additive_attention_compiles(capability, dtype, features, masked, tmp_pa
 
 
 LINEAR = [
-    pytest.param(capability, dtype, normalize, marks=[] if (capability, normalize) == (90, True) else pytest.mark.slow)
+    pytest.param(
+        *(capability, dtype, normalize),
+        marks=[] if (capability, dtype, normalize) == (90, torch.bfloat16, True) else pytest.mark.slow,
+    )
     for capability in config.CAPABILITIES
     for dtype in (torch.bfloat16, torch.float32)
     for normalize in (True, False)

@@ -9,8 +9,9 @@ division, so that no sum crosses threads; ds of a tile passes through memory of 
 formed as r e^(2q) e^(2k), which loses no digits where r is close to 1. A tile with a |q| or |k| beyond 43, of which
 float32 does not hold e^(2x), takes e^(2 (q + k)) for each pair.
 
-Design, for one H200 at B = 32, L = S = 512, A = 256 (2.1 G elements). Forward: tiles of 32 x 32, 4 pairs a thread
-beside the accumulators of 128 numbers of a value; 512 programs of 8 warps. Backward: 16 rows of its own (32 for 64
+Design, for one H200 at B = 32, L = S = 512, A = Dv = 256 (2.1 G elements). Forward: tiles of 32 x 32, 4 pairs a thread
+beside the accumulators of 256 numbers of a value, in float32 of 128; 512 programs of 8 warps, of which a multiprocessor
+holds one. Backward: 16 rows of its own (32 for 64
 features) with all of up to 256 features, 8 elements a thread and as many accumulators, with dw twice, against 32 of
 the other side. Larger A and Dv are cut into chunks over programs, which repeat the scores. Bytes: inputs, their
 exponentials twice in float32, gradients: below 0.2 GB, 0.05 ms; so arithmetic decides. An element takes about 5
@@ -254,6 +255,7 @@ def additive_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PARTS: tl.constexpr,  # so many blocks of a value in one program: the scores are made for all of them at once
     PRECISION_P: tl.constexpr,  # see _Launch
 ):
     pid = tl.program_id(0)
@@ -263,13 +265,15 @@ def additive_forward_kernel(
     tile_m = num_m - 1 - pid % num_m  # the longest rows of a causal mask first
     len_q, len_k = query.length, key.length
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = chunk * BLOCK_DV + tl.arange(0, BLOCK_DV)
+    dims = chunk * (PARTS * BLOCK_DV) + tl.arange(0, BLOCK_DV)
     largest_q = _largest(query, b, rows, rows < len_q)
     v_ptr += b * stride_v[0]
 
     m_i = tl.full([BLOCK_M], NEG_INF, tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    accs = ()
+    for _ in tl.static_range(PARTS):
+        accs = accs + (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),)
     plan = tile_plan(mask, tiles, b, h, tile_m, len_q, len_k, BLOCK_M, BLOCK_N, False)
     for masked in tl.static_range(2):
         for t in range(0, plan[masked]):
@@ -287,14 +291,18 @@ def additive_forward_kernel(
                 keep = may_attend(mask, b, h, rows[:, None], cols[None, :], n0, len_q, len_k, BLOCK_N)
                 s = tl.where(keep, s, NEG_INF)
             p, m_i, alpha, l_i = _softmax_step(s, m_i, l_i, LOG2E, masked)
-            acc = acc * alpha[:, None]
-            v = _load_tile(v_ptr, stride_v[2], cols, live, dims, dim_v)  # [BLOCK_N, BLOCK_DV]
-            acc = dot(p, v.to(tl.float32), acc, PRECISION_P)
+            added = ()
+            for part in tl.static_range(PARTS):
+                v = _load_tile(v_ptr, stride_v[2], cols, live, dims + part * BLOCK_DV, dim_v)  # [BLOCK_N, BLOCK_DV]
+                added = added + (dot(p, v.to(tl.float32), accs[part] * alpha[:, None], PRECISION_P),)
+            accs = added
 
     valid = rows < len_q
     empty = l_i == 0.0  # NaN is not empty
     total = tl.where(empty, 1.0, l_i)
-    _store_tile(out_ptr + b * stride_o[0], stride_o[2], rows, valid, dims, dim_v, acc / total[:, None])
+    for part in tl.static_range(PARTS):
+        at = dims + part * BLOCK_DV
+        _store_tile(out_ptr + b * stride_o[0], stride_o[2], rows, valid, at, dim_v, accs[part] / total[:, None])
     lse = tl.where(empty, NEG_INF, m_i + tl.math.log2(total) * LN2)
     tl.store(lse_ptr + b * len_q + rows, lse, mask=valid & (chunk == 0))
 
@@ -635,11 +643,13 @@ def additive_attention_forward(
         launch = _Launch(query, key, value, score_weight, mask, False)
         chosen = config.additive("forward", launch.A)
         num_m = triton.cdiv(L, chosen.block_m)
-        chunks, block_dv = _chunks(launch.Dv, _MAX_DIM // 2)
-        additive_forward_kernel[(B * num_m, chunks)](
+        _, block_dv = _chunks(launch.Dv, _MAX_DIM // 2)
+        # A product of float32 takes all registers for one block.
+        parts = 2 if launch.Dv > block_dv and query.dtype != torch.float32 else 1
+        additive_forward_kernel[(B * num_m, max(1, triton.cdiv(launch.Dv, parts * block_dv)))](
             *(launch.query, launch.key, launch.value, launch.weight, out.unsqueeze(1), lse, launch.operands),
             *(launch.tiles(chosen, True), rows_of(launch.value), rows_of(out.unsqueeze(1)), *launch.sizes, num_m),
-            **dict(BLOCK_DV=block_dv, PRECISION_P=launch.precision_p),
+            **dict(BLOCK_DV=block_dv, PARTS=parts, PRECISION_P=launch.precision_p),
             **chosen.constants(),
         )
     return out, lse

@@ -105,7 +105,8 @@ _INTERPRETED = {
     "dkv": Config(64, 32),
     "dbias": Config(64, 64),
 }
-# Bytes that a thread may spill, of up to 1020 in its registers, by the head dim of its tile.
+# Bytes that a thread may spill, of up to 1020 in its registers, by the head dim of its tile; for additive attention by
+# its features, and by them alone: checked with values as wide, at 64 and 256.
 SPILL_ALLOWANCE: dict[tuple[str, int], int] = {
     ("additive_forward_kernel", 256): 8,  # float32 on 8.0
     ("additive_backward_dq_kernel", 64): 16,
