@@ -273,7 +273,7 @@ def additive_forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     accs = ()
     for _ in tl.static_range(PARTS):
-        accs = accs + (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),)
+        accs = accs + (tl.zeros([BLOCK_M, BLOCK_DV], tl.float32),)  # type: ignore[assignment]
     plan = tile_plan(mask, tiles, b, h, tile_m, len_q, len_k, BLOCK_M, BLOCK_N, False)
     for masked in tl.static_range(2):
         for t in range(0, plan[masked]):
@@ -294,7 +294,8 @@ def additive_forward_kernel(
             added = ()
             for part in tl.static_range(PARTS):
                 v = _load_tile(v_ptr, stride_v[2], cols, live, dims + part * BLOCK_DV, dim_v)  # [BLOCK_N, BLOCK_DV]
-                added = added + (dot(p, v.to(tl.float32), accs[part] * alpha[:, None], PRECISION_P),)
+                acc = dot(p, v.to(tl.float32), accs[part] * alpha[:, None], PRECISION_P)
+                added = added + (acc,)  # type: ignore[assignment]
             accs = added
 
     valid = rows < len_q
