@@ -278,13 +278,15 @@ def additive(kernel: str, features: int) -> Config:
     return Config(own, 32, num_warps, 1) if kernel == "dq" else Config(32, own, num_warps, 1)
 
 
-def linear_loss() -> Config:
-    """For every product of the linear head with its loss.
+def linear_loss(kernel: str, dtype: torch.dtype) -> Config:
+    """For a product of the linear head with its loss: "slopes", or "gradients", which are made of the slopes.
 
-    32 tokens: the offsets of 64 in the target take more registers than there are, and for 10.0 Triton 3.7.1 fails to
-    compile them.
+    32 tokens for the slopes: the offsets of 64 in the target take more registers than there are, and for 10.0 Triton
+    3.7.1 fails to compile them.
     """
-    return Config(32, 64, 8, 2)
+    if kernel == "slopes":
+        return Config(32, 64, 8, 2)
+    return Config(64, 64, 8, 2) if dtype == torch.float32 else Config(64, 128, 8, 2)
 
 
 def programs_wanted(tensor: Tensor) -> int:
