@@ -1,24 +1,29 @@
 // Additive attention: O_i = sum_j softmax_j(w . tanh(q_i + k_j)) v_j, forward and backward, with an online softmax over tiles of
 // 48 queries x 64 keys; no tensor of queries x keys.
 //
-// The tanh costs no exponential: tanh(q + k) = 1 - 2 r with r = 1 / (1 + e^(2 q) e^(2 k)), and e^(2 q) and e^(2 k) are computed once
-// for each query and each key tile. Two features share one division, w1 / x1 + w2 / x2 = (w1 x2 + w2 x1) / (x1 x2): five
-// multiplications and additions and half a division for two features. Dividing is both faster and more exact than an estimate of
-// the reciprocal with a step of Newton's. A score is summed in chunks of 32 features, sum w - 2 sum w r each, so that what
-// cancels is small; a chunk of the key tile, [32, 64], stays in L1 while all queries pass.
+// The tanh costs no exponential: tanh(q + k) = 1 - 2 r with r = f / (a + f), a = e^(2 q) and f = e^(-2 k), which are computed once
+// for each query and each key tile; so is w f. Four features share one division,
+//     w1 f1 / x1 + w2 f2 / x2 = (w1 f1 x2 + w2 f2 x1) / (x1 x2),  x = a + f,  and two such sums likewise:
+// nine multiplications and multiply-adds, five additions and one division. Dividing is both faster and more exact than an estimate
+// of the reciprocal with a step of Newton's. A score is summed in chunks of 32 features, sum w - 2 sum w r each, so that what
+// cancels is small; a chunk of the key tile, twice [32, 64], stays in L1 while all queries pass.
 //
 // Three paths, chosen for each pair of tiles by their largest |q| and |k|:
-//   plain     no product e^(2 q) e^(2 k) exceeds 2^60, so that x1 x2 is finite;
-//   clamped   x is cut off at 2^60, where 2 r is far below what the type tells from 0;
-//   direct    an |x| beyond the guard, whose exponential the type does not hold: e^(2 (q + k)) for each pair.
+//   plain     every x is between 2^-28 and 2^30, so that the products of four are numbers of the type;
+//   wide      a and f are, and each feature has a division of its own;
+//   direct    an |x| beyond the guard, whose exponential the type does not hold: e^(2 (q + k)) for each pair, cut off at 2^60, where
+//             2 r is far below what the type tells from 0.
+// The weights are scaled by a power of 2 for it, which brings the largest to [2, 4).
 //
-// Scores: a key is a lane, e^(2 k) is transposed. Gradients: d tanh(x) / dx = 4 r (1 - r), and a feature is a lane: then the sums over
+// Scores: a key is a lane, f is transposed. Gradients: d tanh(x) / dx = 4 r (1 - r), and a feature is a lane: then the sums over
 // queries and keys are plain additions,
 //     u = dS_ij r (1 - r),  dQ_i += 4 w u,  dK_j += 4 w u,  dw += dS_ij (1 - 2 r)
-// and two queries share one division. 1 - r is formed as r e^(2 q) e^(2 k), which loses no digits where r is close to 1.
+// with r = 1 / (1 + e^(2 q) e^(2 k)), e^(2 q) e^(2 k) cut off on the wide path, and one division for two queries. 1 - r is formed as
+// r e^(2 q) e^(2 k), which loses no digits where r is close to 1.
 //
-// Order: as in attention_backward.cpp. A work item of the backward is one batch, or a share of its key tiles when there are few
-// batches; dQ and dw are then summed in parts, which are added in a fixed order.
+// Order of the backward: key tiles, and for each the tiles of queries. The scores' gradients of a few tens of pairs of tiles are made
+// first, a pair at a time; then what they give to dQ, dK and dw by features, and to dV by its columns. So threads share a batch
+// without a private copy of a gradient, and every sum is made in the same order for any number of them.
 #include <cmath>
 
 #include "../core/softmax.h"
@@ -32,25 +37,26 @@ namespace {
 constexpr int kChunk = 32;     // features, even
 constexpr int kRowBlock = 4;   // queries that pass a vector of keys, or of features, together
 
-enum class Path { kPlain, kClamped, kDirect };
+enum class Path { kPlain, kWide, kDirect };
 
 template <typename T>
 constexpr T kGuard = sizeof(T) == 8 ? T(340) : T(43);  // e^(2 x) is a normal number up to here
 template <typename T>
 constexpr T kLargest = T(int64_t{1} << 60);
+constexpr int kPlainLimit = 10;  // e^20 is below 2^29
 
 template <typename T>
 static Path choose_path(T largest_query, T largest_key) {
   if (!(largest_query <= kGuard<T> && largest_key <= kGuard<T>)) return Path::kDirect;
-  return largest_query + largest_key <= T(20.79) ? Path::kPlain : Path::kClamped;  // 30 ln 2 = 20.794
+  return largest_query <= T(kPlainLimit) && largest_key <= T(kPlainLimit) ? Path::kPlain : Path::kWide;
 }
 
-// ---- e^(2 x) ----
+// ---- e^(2 x), e^(-2 x) ----
 
-// x[0 .. count) = e^(2 x), in whole vectors; returns the largest |x|, NaN apart. 2 x = n ln 2 + y with ln 2 in two parts, so that the
+// x[0 .. count) = e^(factor x), factor 2 or -2, in whole vectors; returns the largest |x|, NaN apart. 2 x = n ln 2 + y with ln 2 in two parts, so that the
 // error stays one of rounding however large x is; e^y by its series, |y| <= ln 2 / 2. Beyond kGuard the result is not used.
 template <typename T>
-static T exponentials(T* x, int64_t count) {
+static T exponentials(T* x, int64_t count, T factor) {
   constexpr bool kFloat = sizeof(T) == sizeof(float);
   constexpr int kDegree = kFloat ? 7 : 13;  // what is left out: 5e-9, 4e-18
   const Vec<T> magic = broadcast(kFloat ? T(12582912.0) : T(6755399441055744.0));
@@ -58,7 +64,7 @@ static T exponentials(T* x, int64_t count) {
   const Vec<T> low = broadcast(kFloat ? T(2.12194440e-4) : T(-1.42860682030941723212e-6));
   Vec<T> largest = zero<T>();
   for (int64_t n = 0; n < count; n += kWidth<T>) {
-    const Vec<T> v = load(x + n), twice = v + v;
+    const Vec<T> v = load(x + n), twice = v * factor;
     const Vec<T> number = v == v ? v : zero<T>();  // Arm's maximum would keep a NaN, and lose what its lane holds besides
     largest = max(number, max(-number, largest));
     const Vec<T> t = fma(twice, broadcast(T(kLog2E)), magic), whole = t - magic;
@@ -86,41 +92,50 @@ FASTATTN_INLINE Vec<T> cut_off(Vec<T> x, T largest) {
 template <typename T, Path kPath>
 FASTATTN_INLINE Vec<T> exponential(Vec<T> q, Vec<T> k) {
   if constexpr (kPath == Path::kDirect) return exp2(cut_off<T>((q + k) * broadcast(static_cast<T>(2 * kLog2E)), 60));
-  else if constexpr (kPath == Path::kClamped) return cut_off<T>(q * k, kLargest<T>);
+  else if constexpr (kPath == Path::kWide) return cut_off<T>(q * k, kLargest<T>);
   else return q * k;
-}
-
-// 1 + e^(2 (q + k)), the same.
-template <typename T, Path kPath>
-FASTATTN_INLINE Vec<T> one_plus_exponential(Vec<T> q, Vec<T> k) {
-  if constexpr (kPath == Path::kDirect) return broadcast(T(1)) + exponential<T, kPath>(q, k);
-  else if constexpr (kPath == Path::kClamped) return cut_off<T>(fma(q, k, broadcast(T(1))), kLargest<T>);
-  else return fma(q, k, broadcast(T(1)));
 }
 
 // ---- scores of a tile ----
 
-// kRows queries against one vector of keys: scores (+)= sum w - 2 sum w r over `count` features, an even number. query [kRows][ld],
-// key_t [count][kTileN].
+// kRows queries against one vector of keys: scores (+)= weight_sum - scale sum w r over `count` features, a multiple of 4. query
+// [kRows][ld]; key_t and, unless the path is direct, weight [count][kTileN]: f and w f, or k and w.
 template <typename T, int kRows, Path kPath>
 FASTATTN_NOINLINE void score_block(int count, const T* __restrict query, int64_t ld, const T* __restrict key_t,
-                                   const T* __restrict weight, T weight_sum, T* __restrict scores, bool accumulate) {
+                                   const T* __restrict weight, T scale, T weight_sum, T* __restrict scores, bool accumulate) {
+  constexpr int kShare = kPath == Path::kPlain ? 4 : kPath == Path::kWide ? 1 : 2;
   Vec<T> acc[kRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) acc[i] = zero<T>();
-  for (int d = 0; d < count; d += 2) {
-    const Vec<T> k1 = load(key_t + d * kTileN), k2 = load(key_t + (d + 1) * kTileN);
-    const Vec<T> w1 = broadcast(weight[d]), w2 = broadcast(weight[d + 1]);
+  for (int d = 0; d < count; d += kShare) {
+    Vec<T> k[kShare], w[kShare];
+#pragma GCC unroll 4
+    for (int n = 0; n < kShare; ++n) {
+      k[n] = load(key_t + (d + n) * kTileN);
+      w[n] = kPath == Path::kDirect ? broadcast(weight[d + n]) : load(weight + (d + n) * kTileN);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> q1 = broadcast(query[i * ld + d]), q2 = broadcast(query[i * ld + d + 1]);
-      const Vec<T> x1 = one_plus_exponential<T, kPath>(q1, k1), x2 = one_plus_exponential<T, kPath>(q2, k2);
-      acc[i] += fma(w1, x2, w2 * x1) / (x1 * x2);
+      Vec<T> x[kShare];
+#pragma GCC unroll 4
+      for (int n = 0; n < kShare; ++n) {
+        const Vec<T> q = broadcast(query[i * ld + d + n]);
+        x[n] = kPath == Path::kDirect ? exponential<T, kPath>(q, k[n]) + T(1) : q + k[n];
+      }
+      if constexpr (kShare == 4) {
+        const Vec<T> x12 = x[0] * x[1], x34 = x[2] * x[3];
+        const Vec<T> sum12 = fma(w[0], x[1], w[1] * x[0]), sum34 = fma(w[2], x[3], w[3] * x[2]);
+        acc[i] += fma(sum12, x34, sum34 * x12) / (x12 * x34);
+      } else if constexpr (kShare == 2) {
+        acc[i] += fma(w[0], x[1], w[1] * x[0]) / (x[0] * x[1]);
+      } else {
+        acc[i] += w[0] / x[0];
+      }
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
-    const Vec<T> sum = fma(acc[i], broadcast(T(-2)), broadcast(weight_sum));
+    const Vec<T> sum = fma(acc[i], broadcast(-scale), broadcast(weight_sum));
     T* const at = scores + i * kTileN;
     store(at, accumulate ? sum + load(at) : sum);
   }
@@ -128,25 +143,40 @@ FASTATTN_NOINLINE void score_block(int count, const T* __restrict query, int64_t
 
 template <typename T>
 struct Weights {
-  int features;        // padded to whole vectors; the weights there are 0
-  const T *w, *sums;   // [features], [chunks]: of each chunk
+  int features;              // padded to whole vectors, and to a multiple of 4; the weights there are 0
+  const T *w, *scaled;       // [features]; scaled by a power of 2
+  T scale;                   // w = scaled scale / 2
+  const T* sums;             // [chunks]: of w, of each chunk
 };
 
-// scores [rows][kTileN], keys [begin, end) in whole vectors. query [rows][weights.features], key_t [weights.features][kTileN].
+// A tile of keys. It holds f = e^(-2 k), or k itself where some |k| is beyond the guard: then, or where a tile of queries is, the pair
+// takes the direct path, with k as it is.
+template <typename T>
+struct KeyTile {
+  T *rows, *transposed, *weighted;  // f or k; of f alone: w f, transposed
+  T largest;                        // |k|
+  bool direct;                      // the tile holds k
+  uint64_t dead;                    // keys that nobody attends to: zeros
+};
+
+// scores [rows][kTileN], keys [begin, end) in whole vectors. query [rows][weights.features].
 template <typename T, Path kPath>
-static void score_tile(const Weights<T>& weights, const T* query, int rows, const T* key_t, int begin, int end, T* scores) {
+static void score_tile(const Weights<T>& weights, const T* query, int rows, const KeyTile<T>& key, int begin, int end, T* scores) {
   const int64_t ld = weights.features;
   for (int c = 0; c < weights.features; c += kChunk) {
     const int count = weights.features - c < kChunk ? weights.features - c : kChunk;
+    const T sum = weights.sums[c / kChunk], scale = weights.scale;
     for (int j = begin; j < end; j += kWidth<T>) {
+      const T* const k = key.transposed + c * kTileN + j;
+      const T* const w = kPath == Path::kDirect ? weights.scaled + c : key.weighted + c * kTileN + j;
       for (int i = 0; i < rows; i += kRowBlock) {
-        const T *const q = query + i * ld + c, *const k = key_t + c * kTileN + j;
+        const T* const q = query + i * ld + c;
         T* const s = scores + i * kTileN + j;
         switch (rows - i) {
-          case 1: score_block<T, 1, kPath>(count, q, ld, k, weights.w + c, weights.sums[c / kChunk], s, c > 0); break;
-          case 2: score_block<T, 2, kPath>(count, q, ld, k, weights.w + c, weights.sums[c / kChunk], s, c > 0); break;
-          case 3: score_block<T, 3, kPath>(count, q, ld, k, weights.w + c, weights.sums[c / kChunk], s, c > 0); break;
-          default: score_block<T, 4, kPath>(count, q, ld, k, weights.w + c, weights.sums[c / kChunk], s, c > 0);
+          case 1: score_block<T, 1, kPath>(count, q, ld, k, w, scale, sum, s, c > 0); break;
+          case 2: score_block<T, 2, kPath>(count, q, ld, k, w, scale, sum, s, c > 0); break;
+          case 3: score_block<T, 3, kPath>(count, q, ld, k, w, scale, sum, s, c > 0); break;
+          default: score_block<T, 4, kPath>(count, q, ld, k, w, scale, sum, s, c > 0);
         }
       }
     }
@@ -154,11 +184,11 @@ static void score_tile(const Weights<T>& weights, const T* query, int rows, cons
 }
 
 template <typename T>
-static void score_tile(Path path, const Weights<T>& weights, const T* query, int rows, const T* key_t, int begin, int end,
+static void score_tile(Path path, const Weights<T>& weights, const T* query, int rows, const KeyTile<T>& key, int begin, int end,
                        T* scores) {
-  if (path == Path::kPlain) score_tile<T, Path::kPlain>(weights, query, rows, key_t, begin, end, scores);
-  else if (path == Path::kClamped) score_tile<T, Path::kClamped>(weights, query, rows, key_t, begin, end, scores);
-  else score_tile<T, Path::kDirect>(weights, query, rows, key_t, begin, end, scores);
+  if (path == Path::kPlain) score_tile<T, Path::kPlain>(weights, query, rows, key, begin, end, scores);
+  else if (path == Path::kWide) score_tile<T, Path::kWide>(weights, query, rows, key, begin, end, scores);
+  else score_tile<T, Path::kDirect>(weights, query, rows, key, begin, end, scores);
 }
 
 // ---- operands ----
@@ -167,10 +197,10 @@ FASTATTN_INLINE void* row_at(const TensorRef& x, int64_t b, int64_t i) {
   return element(x.ptr, x.dtype, b * x.stride[0] + i * x.stride[1]);
 }
 
-// Whole vectors, and one where there is no feature at all: then every score is 0.
+// Whole vectors and fours, and one where there is no feature at all: then every score is 0.
 template <typename T>
 static int64_t padded_features(const AdditiveAttentionParams& p) {
-  return round_up(static_cast<int>(max64(1, p.features)), kWidth<T>);
+  return round_up(static_cast<int>(max64(1, p.features)), kWidth<T> < 4 ? 4 : kWidth<T>);
 }
 
 // Rows i .. i + rows - 1 as T, [rows][ld], zero from dim on; rows in `zero_rows` are zeros.
@@ -185,43 +215,45 @@ static void transpose_tile(T* key_t, const T* key, int64_t ld, int keys, T* stag
   transpose_rows<T>(key_t, kTileN, key, kComputeDType<T>, ld, keys, static_cast<int>(ld), T(1), staging);
 }
 
+// w, scaled [ld]. A largest weight that is 0 or no number stays.
 template <typename T>
-static Weights<T> load_weights(const AdditiveAttentionParams& p, T* w, T* sums, int64_t ld) {
+static Weights<T> load_weights(const AdditiveAttentionParams& p, T* w, T* scaled, T* sums, int64_t ld) {
   convert_row(w, p.score_weight.ptr, p.score_weight.dtype, static_cast<int>(p.features), static_cast<int>(ld));
+  T largest = T(0);
   for (int64_t c = 0; c < ld; c += kChunk) {
     double sum = 0;
-    for (int64_t d = c; d < min64(ld, c + kChunk); ++d) sum += w[d];
+    for (int64_t d = c; d < min64(ld, c + kChunk); ++d) {
+      sum += w[d];
+      largest = std::fabs(w[d]) > largest ? std::fabs(w[d]) : largest;
+    }
     sums[c / kChunk] = static_cast<T>(sum);
   }
-  return {static_cast<int>(ld), w, sums};
+  const int exponent = largest > T(0) && largest < kInfinity<T> ? std::ilogb(largest) - 1 : 0;
+  for (int64_t d = 0; d < ld; ++d) scaled[d] = std::ldexp(w[d], -exponent);
+  return {static_cast<int>(ld), w, scaled, static_cast<T>(std::ldexp(2.0, exponent)), sums};
 }
 
-// A tile of keys. `key` is e^(2 k), or k itself where some |k| is beyond the guard: then, or where a tile of queries is, the pair
-// takes the direct path, with k as it is.
 template <typename T>
-struct KeyTile {
-  T *rows, *transposed;  // of which `direct` tells what they hold
-  T largest;             // |k|
-  bool direct;
-  uint64_t dead;         // keys that nobody attends to: zeros
-};
-
-template <typename T>
-static void load_key_tile(KeyTile<T>& tile, const AdditiveAttentionParams& p, int64_t ld, int64_t b, int64_t j0, int keys, bool direct,
-                          T* staging) {
+static void load_key_tile(KeyTile<T>& tile, const Weights<T>& weights, const AdditiveAttentionParams& p, int64_t b, int64_t j0,
+                          int keys, bool direct, T* staging) {
+  const int64_t ld = weights.features;
   copy_rows(tile.rows, ld, p.key, b, j0, keys, p.features, tile.dead);
   tile.direct = direct;
-  if (!direct) tile.largest = exponentials(tile.rows, keys * ld);
+  if (!direct) tile.largest = exponentials(tile.rows, keys * ld, T(-2));
   transpose_tile(tile.transposed, tile.rows, ld, keys, staging);
+  if (direct) return;
+  const int width = round_up(keys, kWidth<T>);
+  for (int64_t d = 0; d < ld; ++d) {
+    const Vec<T> w = broadcast(weights.scaled[d]);
+    for (int j = 0; j < width; j += kWidth<T>) store(tile.weighted + d * kTileN + j, load(tile.transposed + d * kTileN + j) * w);
+  }
 }
 
 // Brings the tile into the form that the path needs. Only problems with numbers beyond the guard ever change it.
 template <typename T>
-static bool fit_key_tile(KeyTile<T>& tile, Path path, const AdditiveAttentionParams& p, int64_t ld, int64_t b, int64_t j0, int keys,
-                         T* staging) {
-  if ((path == Path::kDirect) == tile.direct) return false;
-  load_key_tile(tile, p, ld, b, j0, keys, path == Path::kDirect, staging);
-  return true;
+static void fit_key_tile(KeyTile<T>& tile, Path path, const Weights<T>& weights, const AdditiveAttentionParams& p, int64_t b,
+                         int64_t j0, int keys, T* staging) {
+  if ((path == Path::kDirect) != tile.direct) load_key_tile(tile, weights, p, b, j0, keys, path == Path::kDirect, staging);
 }
 
 // ---- forward ----
@@ -231,7 +263,7 @@ constexpr int64_t kItemBytes = 256 * 1024;  // e^(2 Q) and O of an item: within 
 constexpr int64_t kItemsPerThread = 4;      // smaller items rather than idle threads
 
 struct Plan {
-  int sub_tiles;  // per item
+  int sub_tiles, sub_rows;  // per item; queries of a sub-tile
   int64_t rows_per_item, items_per_batch, items;
 };
 
@@ -239,10 +271,24 @@ template <typename T>
 static Plan make_plan(const AdditiveAttentionForwardParams& p) {
   const int64_t tiles = ceil_div(p.len_q, kTileM), tile_bytes = kTileM * (p.features + p.dim_v) * static_cast<int64_t>(sizeof(T));
   int64_t sub_tiles = max64(1, min64(kMaxSubTiles, kItemBytes / max64(1, tile_bytes)));
-  while (sub_tiles > 1 && p.batch * ceil_div(tiles, sub_tiles) < kItemsPerThread * p.num_threads) --sub_tiles;
-  const int64_t items_per_batch = ceil_div(tiles, sub_tiles);
-  if (items_per_batch) sub_tiles = ceil_div(tiles, items_per_batch);  // even items
-  return {static_cast<int>(sub_tiles), sub_tiles * kTileM, items_per_batch, p.batch * items_per_batch};
+  if (has_mask(p.mask) || p.num_threads <= 1 || tiles == 0) {
+    while (sub_tiles > 1 && p.batch * ceil_div(tiles, sub_tiles) < kItemsPerThread * p.num_threads) --sub_tiles;
+    const int64_t items_per_batch = ceil_div(tiles, sub_tiles);
+    if (items_per_batch) sub_tiles = ceil_div(tiles, items_per_batch);  // even items
+    return {static_cast<int>(sub_tiles), kTileM, sub_tiles * kTileM, items_per_batch, p.batch * items_per_batch};
+  }
+  // Without a mask items take the same time, and sub-tiles may have any height: few items, each of which prepares all keys, and the
+  // same number for every thread where there are few for each.
+  int64_t items_per_batch = ceil_div(tiles, sub_tiles);
+  const int64_t most = max64(items_per_batch, tiles);
+  while (items_per_batch < most && p.batch * items_per_batch < kItemsPerThread * p.num_threads &&
+         (p.batch * items_per_batch < 2 * p.num_threads || p.batch * items_per_batch % p.num_threads))
+    ++items_per_batch;
+  const int64_t rows = ceil_div(p.len_q, items_per_batch);
+  sub_tiles = ceil_div(rows, kTileM);
+  const int sub_rows = round_up(static_cast<int>(ceil_div(rows, sub_tiles)), kRowBlock);
+  items_per_batch = ceil_div(p.len_q, sub_tiles * sub_rows);
+  return {static_cast<int>(sub_tiles), sub_rows, sub_tiles * sub_rows, items_per_batch, p.batch * items_per_batch};
 }
 
 // Rows of Q and K take ld, rows of O and V ld_v.
@@ -250,7 +296,7 @@ template <typename T>
 struct Scratch {
   int64_t ld, ld_v;
   T *query, *out, *row_max, *row_sum;  // per sub-tile
-  T *scores, *rescale, *key, *key_t, *value, *direct_query, *staging, *weight, *weight_sums;
+  T *scores, *rescale, *key, *key_t, *key_weighted, *value, *direct_query, *staging, *weight, *weight_scaled, *weight_sums;
   TileMask* masks;
 };
 
@@ -268,10 +314,12 @@ static Scratch<T> carve(Arena& arena, const AdditiveAttentionForwardParams& p, c
   s.rescale = arena.take<T>(kTileM);
   s.key = arena.take<T>(kTileN * s.ld);
   s.key_t = arena.take<T>(kTileN * s.ld);
+  s.key_weighted = arena.take<T>(kTileN * s.ld);
   s.value = arena.take<T>(kTileN * s.ld_v);
   s.direct_query = arena.take<T>(kTileM * s.ld);
   s.staging = arena.take<T>(W * s.ld);
   s.weight = arena.take<T>(s.ld);
+  s.weight_scaled = arena.take<T>(s.ld);
   s.weight_sums = arena.take<T>(s.ld / kChunk + 1);
   s.masks = arena.take<TileMask>(plan.sub_tiles);
   return s;
@@ -297,13 +345,13 @@ static void run_item(const AdditiveAttentionForwardParams& p, const Plan& plan, 
 
   SubTile<T> sub_tiles[kMaxSubTiles];
   int count = 0;
-  for (int64_t i0 = first_row; i0 < last_row; i0 += kTileM, ++count) {
-    const int rows = static_cast<int>(min64(kTileM, last_row - i0));
+  for (int64_t i0 = first_row; i0 < last_row; i0 += plan.sub_rows, ++count) {
+    const int rows = static_cast<int>(min64(plan.sub_rows, last_row - i0));
     SubTile<T>& sub = sub_tiles[count];
     sub = {i0, rows, false, T(0), s.query + count * kTileM * s.ld, s.out + count * kTileM * s.ld_v, s.row_max + count * kTileM,
            s.row_sum + count * kTileM};
     copy_rows(sub.query, s.ld, p.query, b, i0, rows, p.features, 0);
-    sub.largest = exponentials(sub.query, rows * s.ld);
+    sub.largest = exponentials(sub.query, rows * s.ld, T(2));
     for (int r = 0; r < rows; ++r) {
       sub.row_max[r] = -kInfinity<T>;
       sub.row_sum[r] = T(0);
@@ -321,8 +369,8 @@ static void run_item(const AdditiveAttentionForwardParams& p, const Plan& plan, 
     }
     if (!live) continue;
     const uint64_t dead = ~live & bits_before(keys, 0);
-    KeyTile<T> key{s.key, s.key_t, T(0), false, dead};
-    load_key_tile(key, p, s.ld, b, j0, keys, false, s.staging);
+    KeyTile<T> key{s.key, s.key_t, s.key_weighted, T(0), false, dead};
+    load_key_tile(key, weights, p, b, j0, keys, false, s.staging);
     Rows<T> value{s.value, s.ld_v};
     if (value_in_place && !dead) value = {static_cast<const T*>(row_at(p.value, b, j0)), p.value.stride[1]};
     else copy_rows(s.value, s.ld_v, p.value, b, j0, keys, p.dim_v, dead);
@@ -339,8 +387,8 @@ static void run_item(const AdditiveAttentionForwardParams& p, const Plan& plan, 
         copy_rows(s.direct_query, s.ld, p.query, b, sub.i0, sub.rows, p.features, 0);
         query = s.direct_query;
       }
-      fit_key_tile(key, path, p, s.ld, b, j0, keys, s.staging);
-      score_tile(path, weights, query, sub.rows, key.transposed, begin, end, s.scores);
+      fit_key_tile(key, path, weights, p, b, j0, keys, s.staging);
+      score_tile(path, weights, query, sub.rows, key, begin, end, s.scores);
       for (int r = 0; r < sub.rows; ++r) {
         const uint64_t allowed = partial ? mask.rows[r] : bits_before(end, 0);
         softmax_row(s.scores + r * kTileN + begin, end - begin, sub.row_max + r, sub.row_sum + r, s.rescale + r, T(1),
@@ -414,7 +462,7 @@ static void run(const AdditiveAttentionForwardParams& p) {
   {
     Arena own(scratch + thread_number() * thread_bytes);
     const Scratch<T> s = carve<T>(own, p, plan);
-    const Weights<T> weights = load_weights(p, s.weight, s.weight_sums, s.ld);
+    const Weights<T> weights = load_weights<T>(p, s.weight, s.weight_scaled, s.weight_sums, s.ld);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t n = 0; n < plan.items; ++n) run_item<T>(p, plan, s, weights, order[n]);
   }
@@ -492,100 +540,101 @@ static void gradient_tile(const GradientRows<T>& rows, int features, const T* ke
 
 // ---- backward: the problem ----
 
-constexpr int64_t kMaxChunks = 16;  // parts of dQ
-
+// Where there are few batches all threads share one after the other, else each takes batches of its own. Of a batch, `group` key
+// tiles are taken at a time, and of its tiles of queries `chunk`: their pairs' P and dS are in memory together. Neither changes the
+// order of any sum.
 struct BackwardPlan {
-  int64_t tiles_q, chunks, items;  // chunks: shares of the key tiles of a batch
+  bool shared;
+  int64_t tiles_q, group, chunk;
 };
 
 static BackwardPlan make_backward_plan(const AdditiveAttentionBackwardParams& p) {
-  const int64_t tiles_k = ceil_div(p.len_k, kTileN), wanted = 2 * p.num_threads;
-  int64_t chunks = 1;
-  if (p.batch && p.num_threads > 1 && p.batch < wanted)
-    chunks = max64(1, min64(min64(kMaxChunks, tiles_k), ceil_div(wanted, p.batch)));
-  return {ceil_div(p.len_q, kTileM), chunks, p.batch * chunks};
+  const bool shared = p.num_threads > 1 && p.batch < 2 * p.num_threads;
+  const int64_t pairs = shared ? max64(32, 4 * p.num_threads) : 8;
+  const int64_t tiles_q = ceil_div(p.len_q, kTileM), chunk = max64(1, min64(tiles_q, pairs));
+  return {shared, tiles_q, max64(1, min64(ceil_div(p.len_k, kTileN), pairs / chunk)), chunk};
 }
 
+// body(n) for n < count; by all threads if `shared`, which then meet at the end.
+template <typename Body>
+static void for_each(bool shared, int64_t count, Body body) {
+  if (shared) {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < count; ++n) body(n);
+  } else {
+    for (int64_t n = 0; n < count; ++n) body(n);
+  }
+}
+
+// A pair of tiles.
+struct Pair {
+  TileMask mask;
+  Path path;
+  double ds_sum;
+};
+
+// dQ is summed, divided by 4 w, where it belongs: it has the compute type and whole vectors.
 template <typename T>
-struct BackwardScratch {
-  int64_t ld, ld_v;
-  T *query, *shift, *delta, *largest;                     // [L, ld] e^(2 Q), [L], [L], [tiles]
-  T *p, *ds;                                              // [kTileM, kTileN]
-  T *key, *key_t, *key_blocks, *grad_key, *value, *value_t, *grad_value, *grad_out, *direct_query;
-  T *staging, *row, *weight, *weight_sums, *tile_weight;  // tile_weight: sum of dS r of one tile
-  TileMask* masks;                                        // [tiles]
+static bool sums_in_place(const AdditiveAttentionBackwardParams& p) {
+  return p.grad_query.dtype == kComputeDType<T> && p.features == padded_features<T>(p);
+}
+
+// Of a batch; of all threads, or of the one that takes it.
+template <typename T>
+struct BatchScratch {
+  T *query, *shift, *delta, *largest;  // [L, ld] e^(2 Q), [L], [L], [tiles]
+  T* grad_query;                       // [L, ld], unless in place
+  T *p, *ds;                           // [group, chunk, kTileM, kTileN]
+  Pair* pairs;                         // [group, tiles]
 };
 
 template <typename T>
-static BackwardScratch<T> carve(Arena& arena, const AdditiveAttentionBackwardParams& p, const BackwardPlan& plan) {
+static BatchScratch<T> carve_batch(Arena& arena, const AdditiveAttentionBackwardParams& p, const BackwardPlan& plan) {
+  const int64_t ld = padded_features<T>(p);
+  BatchScratch<T> s;
+  s.query = arena.take<T>(p.len_q * ld);
+  s.shift = arena.take<T>(p.len_q);
+  s.delta = arena.take<T>(p.len_q);
+  s.largest = arena.take<T>(plan.tiles_q);
+  s.grad_query = arena.take<T>(sums_in_place<T>(p) ? 0 : p.len_q * ld);
+  s.p = arena.take<T>(plan.group * plan.chunk * kTileM * kTileN);
+  s.ds = arena.take<T>(plan.group * plan.chunk * kTileM * kTileN);
+  s.pairs = arena.take<Pair>(plan.group * plan.tiles_q);
+  return s;
+}
+
+// Of a thread.
+template <typename T>
+struct BackwardScratch {
+  int64_t ld, ld_v;
+  T *key, *key_t, *key_weighted, *value, *value_t, *grad_out, *direct_query;
+  T *key_blocks, *grad_key, *grad_value;
+  T *staging, *row, *weight, *weight_scaled, *weight_sums, *tile_weight;  // tile_weight: sum of dS r of one pair
+};
+
+template <typename T>
+static BackwardScratch<T> carve(Arena& arena, const AdditiveAttentionBackwardParams& p) {
   constexpr int W = kWidth<T>;
   BackwardScratch<T> s;
   s.ld = padded_features<T>(p);
   s.ld_v = round_up(static_cast<int>(p.dim_v), W);
-  s.query = arena.take<T>(p.len_q * s.ld);
-  s.shift = arena.take<T>(p.len_q);
-  s.delta = arena.take<T>(p.len_q);
-  s.largest = arena.take<T>(plan.tiles_q);
-  s.p = arena.take<T>(kTileM * kTileN);
-  s.ds = arena.take<T>(kTileM * kTileN);
   s.key = arena.take<T>(kTileN * s.ld);
   s.key_t = arena.take<T>(kTileN * s.ld);
-  s.key_blocks = arena.take<T>(kTileN * s.ld);
-  s.grad_key = arena.take<T>(kTileN * s.ld);
+  s.key_weighted = arena.take<T>(kTileN * s.ld);
   s.value = arena.take<T>(kTileN * s.ld_v);
   s.value_t = arena.take<T>(kTileN * s.ld_v);
-  s.grad_value = arena.take<T>(kTileN * s.ld_v);
   s.grad_out = arena.take<T>(kTileM * s.ld_v);
   s.direct_query = arena.take<T>(kTileM * s.ld);
+  s.key_blocks = arena.take<T>(kTileN * s.ld);
+  s.grad_key = arena.take<T>(kTileN * s.ld);
+  s.grad_value = arena.take<T>(kTileN * s.ld_v);
   s.staging = arena.take<T>(W * max64(s.ld, s.ld_v));
   s.row = arena.take<T>(max64(s.ld, s.ld_v));
   s.weight = arena.take<T>(s.ld);
+  s.weight_scaled = arena.take<T>(s.ld);
   s.weight_sums = arena.take<T>(s.ld / kChunk + 1);
   s.tile_weight = arena.take<T>(s.ld);
-  s.masks = arena.take<TileMask>(plan.tiles_q);
   return s;
-}
-
-// Shared by the threads: dQ / 4 w in parts [chunks, B, L, ld], and dw in parts [B, chunks, ld].
-template <typename T>
-static void carve_shared(Arena& arena, const AdditiveAttentionBackwardParams& p, const BackwardPlan& plan, T** grad_query,
-                         double** grad_weight) {
-  const int64_t ld = padded_features<T>(p);
-  *grad_query = arena.take<T>(plan.chunks * p.batch * p.len_q * ld);
-  *grad_weight = arena.take<double>(plan.items * ld);
-}
-
-// e^(2 Q), lse and delta of the rows of a batch. A row without keys has zeros for Q, shift +inf, hence P = 0, and delta 0: what
-// reaches the -inf of its lse may be NaN.
-template <typename T>
-static void prepare_rows(const AdditiveAttentionBackwardParams& p, const BackwardScratch<T>& s, int64_t b) {
-  constexpr int W = kWidth<T>;
-  const bool wide = p.lse.dtype == DType::kFloat64;
-  const auto number = [&](const TensorRef& x, int64_t at) {
-    return wide ? static_cast<const double*>(x.ptr)[at] : static_cast<const float*>(x.ptr)[at];
-  };
-  for (int64_t i0 = 0; i0 < p.len_q; i0 += kTileM) {
-    const int rows = static_cast<int>(min64(kTileM, p.len_q - i0));
-    uint64_t empty = 0;
-    for (int r = 0; r < rows; ++r) {
-      const int64_t i = i0 + r;
-      const double lse = number(p.lse, b * p.len_q + i);
-      s.shift[i] = static_cast<T>(lse_to_shift(lse));
-      s.delta[i] = T(0);
-      if (lse == -kInfinity<double>) {
-        empty |= uint64_t{1} << r;
-        continue;
-      }
-      convert_row(s.row, row_at(p.out, b, i), p.out.dtype, static_cast<int>(p.dim_v), static_cast<int>(s.ld_v));
-      convert_row(s.grad_out, row_at(p.grad_out, b, i), p.grad_out.dtype, static_cast<int>(p.dim_v), static_cast<int>(s.ld_v));
-      Vec<T> products = zero<T>();
-      for (int64_t d = 0; d < s.ld_v; d += W) products = fma(load(s.row + d), load(s.grad_out + d), products);
-      s.delta[i] = sum(products);
-      if (p.grad_lse) s.delta[i] -= static_cast<T>(number(p.grad_lse, b * p.grad_lse.stride[0] + i * p.grad_lse.stride[1]));
-    }
-    copy_rows(s.query + i0 * s.ld, s.ld, p.query, b, i0, rows, p.features, empty);
-    s.largest[i0 / kTileM] = exponentials(s.query + i0 * s.ld, rows * s.ld);
-  }
 }
 
 // In: p = scores, ds = dO V^T. Out: p = probabilities, ds = gradient of the scores; 0 where the mask forbids. Returns the sum of ds.
@@ -611,146 +660,270 @@ static double softmax_gradient(T* p, T* ds, int rows, int begin, int end, const 
   return total;
 }
 
-// dst [ld / W][kTileN][W] of rows [keys][ld].
 template <typename T>
-static void block_features(T* dst, const T* src, int64_t ld, int keys) {
-  constexpr int W = kWidth<T>;
-  for (int j = 0; j < keys; ++j)
-    for (int64_t d = 0; d < ld; d += W) store(dst + d * kTileN + j * W, load(src + j * ld + d));
-}
+struct Backward {
+  const AdditiveAttentionBackwardParams& p;
+  const BackwardPlan& plan;
+  const BatchScratch<T>& batch;
+  const BackwardScratch<T>& s;
+  const Weights<T>& weights;
+  int64_t b;
+  double* grad_weight;  // [ld], of the batch
+  int rank, ranks;      // of this thread among those that share the batch
 
-// 4 w times a row of u, as a gradient.
-template <typename T>
-static void store_gradient(void* dst, DType dtype, T* row, const T* weight, int64_t ld, int64_t features) {
-  for (int64_t d = 0; d < ld; d += kWidth<T>) store(row + d, load(row + d) * load(weight + d));
-  store_row(dst, dtype, row, static_cast<int>(features), T(4));
-}
+  static constexpr int W = kWidth<T>;
 
-// grad_query [L, ld] and grad_weight [ld] are added to.
-template <typename T>
-static void key_tile(const AdditiveAttentionBackwardParams& p, const BackwardScratch<T>& s, const Weights<T>& weights, int64_t b,
-                     int64_t j0, T* grad_query, double* grad_weight) {
-  constexpr int W = kWidth<T>;
-  const int keys = static_cast<int>(min64(kTileN, p.len_k - j0)), dim_v = static_cast<int>(p.dim_v);
-  std::memset(s.grad_key, 0, kTileN * s.ld * sizeof(T));
-  std::memset(s.grad_value, 0, kTileN * s.ld_v * sizeof(T));
-
-  const KeyInterval range = query_range(p.mask, b, j0, j0 + keys, p.len_q);
-  const int64_t first = range.first / kTileM * kTileM;
-  uint64_t live = 0;
-  for (int64_t i0 = first; i0 < range.last; i0 += kTileM) {
-    TileMask& mask = s.masks[i0 / kTileM];
-    make_tile_mask(mask, p.mask, b, 0, i0, static_cast<int>(min64(kTileM, p.len_q - i0)), j0, keys);
-    live |= mask.columns;
+  int rows_of(int64_t tile) const { return static_cast<int>(min64(kTileM, p.len_q - tile * kTileM)); }
+  int keys_from(int64_t j0) const { return static_cast<int>(min64(kTileN, p.len_k - j0)); }
+  T* grad_query_row(int64_t i) const {
+    return sums_in_place<T>(p) ? static_cast<T*>(row_at(p.grad_query, b, i)) : batch.grad_query + i * s.ld;
   }
-  if (live) {
-    const uint64_t dead = ~live & bits_before(keys, 0);
-    KeyTile<T> key{s.key, s.key_t, T(0), false, dead};
-    load_key_tile(key, p, s.ld, b, j0, keys, false, s.staging);
-    block_features(s.key_blocks, s.key, s.ld, keys);
-    copy_rows(s.value, s.ld_v, p.value, b, j0, keys, p.dim_v, dead);
-    transpose_tile(s.value_t, s.value, s.ld_v, keys, s.staging);
+  // Columns [first, last) of `count`, whole vectors, are this thread's.
+  struct Columns {
+    int first, last;
+  };
+  Columns own_columns(int64_t count, int part) const {
+    const int64_t vectors = count / W;
+    return {static_cast<int>(vectors * part / ranks) * W, static_cast<int>(vectors * (part + 1) / ranks) * W};
+  }
 
-    for (int64_t i0 = first; i0 < range.last; i0 += kTileM) {
-      const TileMask& mask = s.masks[i0 / kTileM];
-      if (mask.tile_class == TileClass::kEmpty) continue;
-      const int rows = static_cast<int>(min64(kTileM, p.len_q - i0));
-      const int begin = first_bit(mask.columns) / W * W, end = end_bit(mask.columns);
-      const Path path = choose_path(s.largest[i0 / kTileM], key.largest);
-      const T* query = s.query + i0 * s.ld;
-      uint64_t dead_rows = 0;
+  // e^(2 Q), lse and delta of a tile of queries. A row without keys has zeros for Q, shift +inf, hence P = 0, and delta 0: what
+  // reaches the -inf of its lse may be NaN.
+  void prepare_rows(int64_t tile) const {
+    const bool wide = p.lse.dtype == DType::kFloat64;
+    const auto number = [&](const TensorRef& x, int64_t at) {
+      return wide ? static_cast<const double*>(x.ptr)[at] : static_cast<const float*>(x.ptr)[at];
+    };
+    const int64_t i0 = tile * kTileM;
+    const int rows = rows_of(tile);
+    uint64_t empty = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t i = i0 + r;
+      const double lse = number(p.lse, b * p.len_q + i);
+      batch.shift[i] = static_cast<T>(lse_to_shift(lse));
+      batch.delta[i] = T(0);
+      std::memset(grad_query_row(i), 0, s.ld * sizeof(T));
+      if (lse == -kInfinity<double>) {
+        empty |= uint64_t{1} << r;
+        continue;
+      }
+      convert_row(s.row, row_at(p.out, b, i), p.out.dtype, static_cast<int>(p.dim_v), static_cast<int>(s.ld_v));
+      convert_row(s.grad_out, row_at(p.grad_out, b, i), p.grad_out.dtype, static_cast<int>(p.dim_v), static_cast<int>(s.ld_v));
+      Vec<T> products = zero<T>();
+      for (int64_t d = 0; d < s.ld_v; d += W) products = fma(load(s.row + d), load(s.grad_out + d), products);
+      batch.delta[i] = sum(products);
+      if (p.grad_lse) batch.delta[i] -= static_cast<T>(number(p.grad_lse, b * p.grad_lse.stride[0] + i * p.grad_lse.stride[1]));
+    }
+    copy_rows(batch.query + i0 * s.ld, s.ld, p.query, b, i0, rows, p.features, empty);
+    batch.largest[tile] = exponentials(batch.query + i0 * s.ld, rows * s.ld, T(2));
+  }
+
+  Pair& pair_at(int64_t g, int64_t tile) const { return batch.pairs[g * plan.tiles_q + tile]; }
+  int64_t scores_at(int64_t g, int64_t tile) const { return (g * plan.chunk + tile % plan.chunk) * kTileM * kTileN; }
+
+  uint64_t dead_keys(int64_t g, int keys) const {
+    uint64_t live = 0;
+    for (int64_t tile = 0; tile < plan.tiles_q; ++tile) live |= pair_at(g, tile).mask.columns;
+    return ~live & bits_before(keys, 0);
+  }
+  // Rows that attend to none of the keys.
+  static uint64_t dead_rows(const TileMask& mask, int rows) {
+    uint64_t dead = 0;
+    for (int r = 0; r < rows; ++r)
+      if (mask.tile_class == TileClass::kPartial && !mask.rows[r]) dead |= uint64_t{1} << r;
+    return dead;
+  }
+
+  // P and dS of a pair. `key` and V^T hold tile `loaded` of the group.
+  void score_pair(int64_t first_key, int64_t g, int64_t tile, KeyTile<T>& key, int64_t& loaded) const {
+    Pair& pair = pair_at(g, tile);
+    const TileMask& mask = pair.mask;
+    if (mask.tile_class == TileClass::kEmpty) return;
+    const int64_t j0 = first_key + g * kTileN, i0 = tile * kTileM;
+    const int rows = rows_of(tile), keys = keys_from(j0), dim_v = static_cast<int>(p.dim_v);
+    if (g != loaded) {
+      key.dead = dead_keys(g, keys);
+      load_key_tile(key, weights, p, b, j0, keys, false, s.staging);
+      copy_rows(s.value, s.ld_v, p.value, b, j0, keys, p.dim_v, key.dead);
+      transpose_tile(s.value_t, s.value, s.ld_v, keys, s.staging);
+      loaded = g;
+    }
+    const int begin = first_bit(mask.columns) / W * W, end = end_bit(mask.columns);
+    const uint64_t dead = dead_rows(mask, rows);
+    const T* query = batch.query + i0 * s.ld;
+    pair.path = choose_path(batch.largest[tile], key.largest);
+    if (pair.path == Path::kDirect) {
+      copy_rows(s.direct_query, s.ld, p.query, b, i0, rows, p.features, dead);
+      query = s.direct_query;
+    }
+    fit_key_tile(key, pair.path, weights, p, b, j0, keys, s.staging);
+    T *const scores = batch.p + scores_at(g, tile), *const ds = batch.ds + scores_at(g, tile);
+    copy_rows(s.grad_out, s.ld_v, p.grad_out, b, i0, rows, p.dim_v, dead);
+    score_tile(pair.path, weights, query, rows, key, begin, end, scores);
+    gemm<Layout::kRows>(rows, end - begin, dim_v, s.grad_out, s.ld_v, s.value_t + begin, kTileN, ds + begin, kTileN, false);
+    pair.ds_sum = softmax_gradient(scores, ds, rows, begin, end, batch.shift + i0, batch.delta + i0, mask);
+  }
+
+  // key_blocks [width / W][kTileN][W]: e^(2 k), or k.
+  void load_blocks(int64_t j0, int keys, Columns columns, uint64_t dead, bool direct) const {
+    const int width = columns.last - columns.first;
+    convert_rows(s.key, width, element(row_at(p.key, b, j0), p.key.dtype, columns.first), p.key.dtype, p.key.stride[1], keys,
+                 static_cast<int>(max64(0, min64(width, p.features - columns.first))), dead);
+    if (!direct) exponentials(s.key, keys * width, T(2));
+    for (int j = 0; j < keys; ++j)
+      for (int d = 0; d < width; d += W) store(s.key_blocks + d * kTileN + j * W, load(s.key + j * width + d));
+  }
+
+  // What the pairs of key tile g and the tiles of queries [first, last) give to some features of dQ, dK and dw.
+  void add_features(int64_t j0, int64_t g, int64_t first, int64_t last, Columns columns) const {
+    const int width = columns.last - columns.first, keys = keys_from(j0);
+    if (width == 0) return;
+    if (first == 0) std::memset(s.grad_key, 0, kTileN * width * sizeof(T));
+    enum { kNothing, kExponentials, kKeys } loaded = kNothing;
+    const uint64_t dead = dead_keys(g, keys);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const Pair& pair = pair_at(g, tile);
+      if (pair.mask.tile_class == TileClass::kEmpty) continue;
+      const int64_t i0 = tile * kTileM;
+      const int rows = rows_of(tile), begin = first_bit(pair.mask.columns) / W * W, end = end_bit(pair.mask.columns);
+      const bool direct = pair.path == Path::kDirect;
+      if (loaded != (direct ? kKeys : kExponentials)) {
+        load_blocks(j0, keys, columns, dead, direct);
+        loaded = direct ? kKeys : kExponentials;
+      }
+      const uint64_t dead_queries = dead_rows(pair.mask, rows);
+      if (direct) copy_rows(s.direct_query, s.ld, p.query, b, i0, rows, p.features, dead_queries);
+      const T* const query = (direct ? s.direct_query : batch.query + i0 * s.ld) + columns.first;
+      const T* const ds = batch.ds + scores_at(g, tile) + begin;
       GradientRows<T> live_rows;
       live_rows.count = 0;
-      for (int r = 0; r < rows; ++r)
-        if (mask.tile_class == TileClass::kPartial && !mask.rows[r]) dead_rows |= uint64_t{1} << r;
-      if (path == Path::kDirect) {
-        copy_rows(s.direct_query, s.ld, p.query, b, i0, rows, p.features, dead_rows);
-        query = s.direct_query;
-      }
-      if (fit_key_tile(key, path, p, s.ld, b, j0, keys, s.staging)) block_features(s.key_blocks, s.key, s.ld, keys);
       for (int r = 0; r < rows; ++r) {
-        if (dead_rows >> r & 1) continue;
+        if (dead_queries >> r & 1) continue;
         live_rows.query[live_rows.count] = query + r * s.ld;
-        live_rows.ds[live_rows.count] = s.ds + r * kTileN + begin;
-        live_rows.grad_query[live_rows.count++] = grad_query + (i0 + r) * s.ld;
+        live_rows.ds[live_rows.count] = ds + r * kTileN;
+        live_rows.grad_query[live_rows.count++] = grad_query_row(i0 + r) + columns.first;
       }
-      copy_rows(s.grad_out, s.ld_v, p.grad_out, b, i0, rows, p.dim_v, dead_rows);
-
-      score_tile(path, weights, query, rows, key.transposed, begin, end, s.p);
-      gemm<Layout::kRows>(rows, end - begin, dim_v, s.grad_out, s.ld_v, s.value_t + begin, kTileN, s.ds + begin, kTileN, false);
-      const double ds_sum = softmax_gradient(s.p, s.ds, rows, begin, end, s.shift + i0, s.delta + i0, mask);
-      gemm<Layout::kTransposed>(end - begin, dim_v, rows, s.p + begin, kTileN, s.grad_out, s.ld_v, s.grad_value + begin * s.ld_v,
-                                s.ld_v, true);
-      std::memset(s.tile_weight, 0, s.ld * sizeof(T));
-      const int features = static_cast<int>(s.ld);
-      if (path == Path::kPlain)
-        gradient_tile<T, Path::kPlain>(live_rows, features, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
-      else if (path == Path::kClamped)
-        gradient_tile<T, Path::kClamped>(live_rows, features, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
+      std::memset(s.tile_weight, 0, width * sizeof(T));
+      if (pair.path == Path::kPlain)
+        gradient_tile<T, Path::kPlain>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
+      else if (pair.path == Path::kWide)
+        gradient_tile<T, Path::kWide>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
       else
-        gradient_tile<T, Path::kDirect>(live_rows, features, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
-      for (int64_t d = 0; d < s.ld; ++d) grad_weight[d] += ds_sum - 2.0 * s.tile_weight[d];
+        gradient_tile<T, Path::kDirect>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
+      for (int d = 0; d < width; ++d) grad_weight[columns.first + d] += pair.ds_sum - 2.0 * s.tile_weight[d];
+    }
+    if (last < plan.tiles_q) return;
+    const int64_t features = max64(0, min64(width, p.features - columns.first));
+    for (int j = 0; j < keys; ++j) {
+      for (int d = 0; d < width; d += W) store(s.row + d, load(s.grad_key + d * kTileN + j * W));
+      store_gradient(element(row_at(p.grad_key, b, j0 + j), p.grad_key.dtype, columns.first), p.grad_key.dtype, s.row,
+                     weights.w + columns.first, width, features);
     }
   }
 
-  for (int j = 0; j < keys; ++j) {
-    for (int64_t d = 0; d < s.ld; d += W) store(s.row + d, load(s.grad_key + d * kTileN + j * W));
-    store_gradient(row_at(p.grad_key, b, j0 + j), p.grad_key.dtype, s.row, weights.w, s.ld, p.features);
-    store_row(row_at(p.grad_value, b, j0 + j), p.grad_value.dtype, s.grad_value + j * s.ld_v, dim_v, T(1));
+  // The same for some columns of dV.
+  void add_values(int64_t j0, int64_t g, int64_t first, int64_t last, Columns columns) const {
+    const int width = columns.last - columns.first, keys = keys_from(j0);
+    const int dim = static_cast<int>(max64(0, min64(width, p.dim_v - columns.first)));
+    if (width == 0) return;
+    if (first == 0) std::memset(s.grad_value, 0, kTileN * width * sizeof(T));
+    for (int64_t tile = first; tile < last; ++tile) {
+      const TileMask& mask = pair_at(g, tile).mask;
+      if (mask.tile_class == TileClass::kEmpty) continue;
+      const int rows = rows_of(tile), begin = first_bit(mask.columns) / W * W, end = end_bit(mask.columns);
+      convert_rows(s.grad_out, width, element(row_at(p.grad_out, b, tile * kTileM), p.grad_out.dtype, columns.first),
+                   p.grad_out.dtype, p.grad_out.stride[1], rows, dim, dead_rows(mask, rows));
+      gemm<Layout::kTransposed>(end - begin, dim, rows, batch.p + scores_at(g, tile) + begin, kTileN, s.grad_out, width,
+                                s.grad_value + begin * width, width, true);
+    }
+    if (last < plan.tiles_q) return;
+    for (int j = 0; j < keys; ++j)
+      store_row(element(row_at(p.grad_value, b, j0 + j), p.grad_value.dtype, columns.first), p.grad_value.dtype,
+                s.grad_value + j * width, dim, T(1));
   }
-}
+
+  // 4 w times a row of u, as a gradient.
+  static void store_gradient(void* dst, DType dtype, T* row, const T* weight, int64_t ld, int64_t features) {
+    for (int64_t d = 0; d < ld; d += W) store(row + d, load(row + d) * load(weight + d));
+    store_row(dst, dtype, row, static_cast<int>(features), T(4));
+  }
+
+  void run() const {
+    const bool shared = plan.shared;
+    if (rank == 0) std::memset(grad_weight, 0, s.ld * sizeof(double));
+    for_each(shared, plan.tiles_q, [&](int64_t tile) { prepare_rows(tile); });
+    const Columns features = own_columns(s.ld, rank), values = own_columns(s.ld_v, ranks - 1 - rank);
+    const int64_t tiles_k = ceil_div(p.len_k, kTileN);
+    for (int64_t first_tile = 0; first_tile < tiles_k; first_tile += plan.group) {
+      const int64_t j0 = first_tile * kTileN, group = min64(plan.group, tiles_k - first_tile);
+      for_each(shared, group * plan.tiles_q, [&](int64_t n) {
+        const int64_t g = n / plan.tiles_q, tile = n % plan.tiles_q, j = j0 + g * kTileN;
+        make_tile_mask(pair_at(g, tile).mask, p.mask, b, 0, tile * kTileM, rows_of(tile), j, keys_from(j));
+      });
+      KeyTile<T> key{s.key, s.key_t, s.key_weighted, T(0), false, 0};
+      for (int64_t first = 0; first == 0 || first < plan.tiles_q; first += plan.chunk) {
+        const int64_t last = min64(plan.tiles_q, first + plan.chunk), count = last - first;
+        int64_t loaded = -1;
+        for_each(shared, group * count,
+                 [&](int64_t n) { score_pair(j0, n / count, first + n % count, key, loaded); });
+        for (int64_t g = 0; g < group; ++g) {
+          add_features(j0 + g * kTileN, g, first, last, features);
+          add_values(j0 + g * kTileN, g, first, last, values);
+        }
+        if (shared) {
+#pragma omp barrier
+        }
+      }
+    }
+    for_each(shared, plan.tiles_q, [&](int64_t tile) {
+      for (int64_t i = tile * kTileM; i < tile * kTileM + rows_of(tile); ++i)
+        store_gradient(row_at(p.grad_query, b, i), p.grad_query.dtype, grad_query_row(i), weights.w, s.ld, p.features);
+    });
+  }
+};
 
 template <typename T>
 static int64_t workspace_bytes(const AdditiveAttentionBackwardParams& p) {
   const BackwardPlan plan = make_backward_plan(p);
-  Arena shared(nullptr), thread(nullptr);
-  T* grad_query;
-  double* grad_weight;
-  carve_shared<T>(shared, p, plan, &grad_query, &grad_weight);
-  carve<T>(thread, p, plan);
-  return kAlignment + shared.used + p.num_threads * thread.used;
+  Arena weights(nullptr), batch(nullptr), thread(nullptr);
+  weights.take<double>(p.batch * padded_features<T>(p));
+  carve_batch<T>(batch, p, plan);
+  carve<T>(thread, p);
+  return kAlignment + weights.used + (plan.shared ? 1 : p.num_threads) * batch.used + p.num_threads * thread.used;
 }
 
 template <typename T>
 static void run(const AdditiveAttentionBackwardParams& p) {
   const BackwardPlan plan = make_backward_plan(p);
+  const int64_t ld = padded_features<T>(p);
   Arena shared(align_pointer(p.workspace)), counter(nullptr);
-  T* grad_query;
-  double* grad_weight;
-  carve_shared<T>(shared, p, plan, &grad_query, &grad_weight);
-  carve<T>(counter, p, plan);
+  double* const grad_weight = shared.take<double>(p.batch * ld);  // [B, ld]
+  BatchScratch<T> common{};
+  if (plan.shared) common = carve_batch<T>(shared, p, plan);
+  else carve_batch<T>(counter, p, plan);
+  carve<T>(counter, p);
   const int64_t thread_bytes = counter.used;
   char* const scratch = shared.base + shared.used;
-  const int64_t ld = padded_features<T>(p), part = p.batch * p.len_q * ld;
-  const int threads = static_cast<int>(max64(1, min64(plan.items, effective_threads(p.num_threads))));
+  const int allowed = effective_threads(p.num_threads);
+  const int threads = plan.shared ? allowed : static_cast<int>(max64(1, min64(p.batch, allowed)));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Arena own(scratch + thread_number() * thread_bytes);
-    const BackwardScratch<T> s = carve<T>(own, p, plan);
-    const Weights<T> weights = load_weights(p, s.weight, s.weight_sums, s.ld);
+    const BatchScratch<T> batch = plan.shared ? common : carve_batch<T>(own, p, plan);
+    const BackwardScratch<T> s = carve<T>(own, p);
+    const Weights<T> weights = load_weights<T>(p, s.weight, s.weight_scaled, s.weight_sums, s.ld);
+    if (plan.shared) {
+      for (int64_t b = 0; b < p.batch; ++b)
+        Backward<T>{p, plan, batch, s, weights, b, grad_weight + b * ld, thread_number(), thread_count()}.run();
+    } else {
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < plan.items; ++item) {
-      const int64_t b = item / plan.chunks, chunk = item % plan.chunks;
-      T* const own_query = grad_query + chunk * part + b * p.len_q * ld;
-      double* const own_weight = grad_weight + item * ld;
-      std::memset(own_query, 0, p.len_q * ld * sizeof(T));
-      std::memset(own_weight, 0, ld * sizeof(double));
-      prepare_rows(p, s, b);
-      for (int64_t j0 = chunk * kTileN; j0 < p.len_k; j0 += plan.chunks * kTileN)
-        key_tile(p, s, weights, b, j0, own_query, own_weight);
-    }
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.batch * p.len_q; ++row) {
-      T* const first = grad_query + row * ld;
-      for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-        for (int64_t d = 0; d < ld; ++d) first[d] += first[chunk * part + d];
-      store_gradient(row_at(p.grad_query, row / p.len_q, row % p.len_q), p.grad_query.dtype, first, weights.w, ld, p.features);
+      for (int64_t b = 0; b < p.batch; ++b) Backward<T>{p, plan, batch, s, weights, b, grad_weight + b * ld, 0, 1}.run();
     }
 #pragma omp single
     {
       for (int64_t d = 0; d < p.features; ++d) {
         double total = 0;
-        for (int64_t item = 0; item < plan.items; ++item) total += grad_weight[item * ld + d];
+        for (int64_t b = 0; b < p.batch; ++b) total += grad_weight[b * ld + d];
         s.row[d] = static_cast<T>(total);
       }
       store_row(p.grad_score_weight.ptr, p.grad_score_weight.dtype, s.row, static_cast<int>(p.features), T(1));

@@ -19,6 +19,15 @@ static inline int thread_number() {
 #endif
 }
 
+// How many threads share the work here.
+static inline int thread_count() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 // Threads for a problem that forms `products` times K Q^T and P V without a mask: each is given 2^19 multiply-adds, 10 us, or
 // elements of K and V that take as long to read. By the problem and the number of threads alone: plans may depend on it.
 static int useful_threads(const AttentionParams& p, double products) {
