@@ -9,17 +9,15 @@
 // cancels is small; a chunk of the key tile, twice [32, 64], stays in L1 while all queries pass.
 //
 // Three paths, chosen for each pair of tiles by their largest |q| and |k|:
-//   plain     every x is between 2^-28 and 2^30, so that the products of four are numbers of the type;
-//   wide      a and f are, and each feature has a division of its own;
-//   direct    an |x| beyond the guard, whose exponential the type does not hold: e^(2 (q + k)) for each pair, cut off at 2^60, where
-//             2 r is far below what the type tells from 0.
+//   plain     every x is between 2^-29 and 2^30, so that the products of four are numbers of the type;
+//   wide      the products of two are, and two features share a division;
+//   direct    beyond that: e^(2 (q + k)) for each pair, cut off at 2^60, where 2 r is far below what the type tells from 0.
 // The weights are scaled by a power of 2 for it, which brings the largest to [2, 4).
 //
 // Scores: a key is a lane, f is transposed. Gradients: d tanh(x) / dx = 4 r (1 - r), and a feature is a lane: then the sums over
 // queries and keys are plain additions,
 //     u = dS_ij r (1 - r),  dQ_i += 4 w u,  dK_j += 4 w u,  dw += dS_ij (1 - 2 r)
-// with r = 1 / (1 + e^(2 q) e^(2 k)), e^(2 q) e^(2 k) cut off on the wide path, and one division for two queries. 1 - r is formed as
-// r e^(2 q) e^(2 k), which loses no digits where r is close to 1.
+// and two queries share one division. 1 - r is formed as a / (a + f), which loses no digits where r is close to 1.
 //
 // Order of the backward: key tiles, and for each the tiles of queries. The scores' gradients of a few tens of pairs of tiles are made
 // first, a pair at a time; then what they give to dQ, dK and dw by features, and to dV by its columns. So threads share a batch
@@ -39,22 +37,22 @@ constexpr int kRowBlock = 4;   // queries that pass a vector of keys, or of feat
 
 enum class Path { kPlain, kWide, kDirect };
 
+// Largest |q| and |k| of the paths: e^20 is below 2^29, e^40 below 2^58; e^160 below 2^231, e^340 below 2^491.
 template <typename T>
-constexpr T kGuard = sizeof(T) == 8 ? T(340) : T(43);  // e^(2 x) is a normal number up to here
+constexpr T kPlainLimit = sizeof(T) == 8 ? T(80) : T(10);
 template <typename T>
-constexpr T kLargest = T(int64_t{1} << 60);
-constexpr int kPlainLimit = 10;  // e^20 is below 2^29
+constexpr T kWideLimit = sizeof(T) == 8 ? T(170) : T(20);
 
 template <typename T>
 static Path choose_path(T largest_query, T largest_key) {
-  if (!(largest_query <= kGuard<T> && largest_key <= kGuard<T>)) return Path::kDirect;
-  return largest_query <= T(kPlainLimit) && largest_key <= T(kPlainLimit) ? Path::kPlain : Path::kWide;
+  if (!(largest_query <= kWideLimit<T> && largest_key <= kWideLimit<T>)) return Path::kDirect;
+  return largest_query <= kPlainLimit<T> && largest_key <= kPlainLimit<T> ? Path::kPlain : Path::kWide;
 }
 
 // ---- e^(2 x), e^(-2 x) ----
 
 // x[0 .. count) = e^(factor x), factor 2 or -2, in whole vectors; returns the largest |x|, NaN apart. 2 x = n ln 2 + y with ln 2 in two parts, so that the
-// error stays one of rounding however large x is; e^y by its series, |y| <= ln 2 / 2. Beyond kGuard the result is not used.
+// error stays one of rounding however large x is; e^y by its series, |y| <= ln 2 / 2. Beyond kWideLimit the result is not used.
 template <typename T>
 static T exponentials(T* x, int64_t count, T factor) {
   constexpr bool kFloat = sizeof(T) == sizeof(float);
@@ -82,18 +80,11 @@ static T exponentials(T* x, int64_t count, T factor) {
   return horizontal_max(largest);
 }
 
-// No more than `largest`; a NaN stays.
+// e^(2 (q + k)), cut off; a NaN stays.
 template <typename T>
-FASTATTN_INLINE Vec<T> cut_off(Vec<T> x, T largest) {
-  return x > broadcast(largest) ? broadcast(largest) : x;
-}
-
-// e^(2 (q + k)), cut off, from the factors or, for the direct path, from q and k.
-template <typename T, Path kPath>
-FASTATTN_INLINE Vec<T> exponential(Vec<T> q, Vec<T> k) {
-  if constexpr (kPath == Path::kDirect) return exp2(cut_off<T>((q + k) * broadcast(static_cast<T>(2 * kLog2E)), 60));
-  else if constexpr (kPath == Path::kWide) return cut_off<T>(q * k, kLargest<T>);
-  else return q * k;
+FASTATTN_INLINE Vec<T> direct_exponential(Vec<T> q, Vec<T> k) {
+  const Vec<T> x = (q + k) * broadcast(static_cast<T>(2 * kLog2E)), largest = broadcast(T(60));
+  return exp2(x > largest ? largest : x);
 }
 
 // ---- scores of a tile ----
@@ -103,7 +94,7 @@ FASTATTN_INLINE Vec<T> exponential(Vec<T> q, Vec<T> k) {
 template <typename T, int kRows, Path kPath>
 FASTATTN_NOINLINE void score_block(int count, const T* __restrict query, int64_t ld, const T* __restrict key_t,
                                    const T* __restrict weight, T scale, T weight_sum, T* __restrict scores, bool accumulate) {
-  constexpr int kShare = kPath == Path::kPlain ? 4 : kPath == Path::kWide ? 1 : 2;
+  constexpr int kShare = kPath == Path::kPlain ? 4 : 2;
   Vec<T> acc[kRows];
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) acc[i] = zero<T>();
@@ -120,16 +111,14 @@ FASTATTN_NOINLINE void score_block(int count, const T* __restrict query, int64_t
 #pragma GCC unroll 4
       for (int n = 0; n < kShare; ++n) {
         const Vec<T> q = broadcast(query[i * ld + d + n]);
-        x[n] = kPath == Path::kDirect ? exponential<T, kPath>(q, k[n]) + T(1) : q + k[n];
+        x[n] = kPath == Path::kDirect ? direct_exponential<T>(q, k[n]) + T(1) : q + k[n];
       }
       if constexpr (kShare == 4) {
         const Vec<T> x12 = x[0] * x[1], x34 = x[2] * x[3];
         const Vec<T> sum12 = fma(w[0], x[1], w[1] * x[0]), sum34 = fma(w[2], x[3], w[3] * x[2]);
         acc[i] += fma(sum12, x34, sum34 * x12) / (x12 * x34);
-      } else if constexpr (kShare == 2) {
-        acc[i] += fma(w[0], x[1], w[1] * x[0]) / (x[0] * x[1]);
       } else {
-        acc[i] += w[0] / x[0];
+        acc[i] += fma(w[0], x[1], w[1] * x[0]) / (x[0] * x[1]);
       }
     }
   }
@@ -240,12 +229,17 @@ static void load_key_tile(KeyTile<T>& tile, const Weights<T>& weights, const Add
   copy_rows(tile.rows, ld, p.key, b, j0, keys, p.features, tile.dead);
   tile.direct = direct;
   if (!direct) tile.largest = exponentials(tile.rows, keys * ld, T(-2));
-  transpose_tile(tile.transposed, tile.rows, ld, keys, staging);
-  if (direct) return;
   const int width = round_up(keys, kWidth<T>);
-  for (int64_t d = 0; d < ld; ++d) {
-    const Vec<T> w = broadcast(weights.scaled[d]);
-    for (int j = 0; j < width; j += kWidth<T>) store(tile.weighted + d * kTileN + j, load(tile.transposed + d * kTileN + j) * w);
+  for (int64_t c = 0; c < ld; c += kChunk) {  // in L1
+    const int count = static_cast<int>(min64(kChunk, ld - c));
+    T* const chunk = tile.transposed + c * kTileN;
+    transpose_rows<T>(chunk, kTileN, tile.rows + c, kComputeDType<T>, ld, keys, count, T(1), staging);
+    if (direct) continue;
+    for (int d = 0; d < count; ++d) {
+      const Vec<T> w = broadcast(weights.scaled[c + d]);
+      for (int j = 0; j < width; j += kWidth<T>)
+        store(tile.weighted + (c + d) * kTileN + j, load(chunk + d * kTileN + j) * w);
+    }
   }
 }
 
@@ -259,7 +253,7 @@ static void fit_key_tile(KeyTile<T>& tile, Path path, const Weights<T>& weights,
 // ---- forward ----
 
 constexpr int kMaxSubTiles = 8;
-constexpr int64_t kItemBytes = 256 * 1024;  // e^(2 Q) and O of an item: within L2 beside the tiles of K and V
+constexpr int64_t kItemBytes = 384 * 1024;  // e^(2 Q) and O of an item: within L2 beside the tiles of K and V
 constexpr int64_t kItemsPerThread = 4;      // smaller items rather than idle threads
 
 struct Plan {
@@ -271,7 +265,7 @@ template <typename T>
 static Plan make_plan(const AdditiveAttentionForwardParams& p) {
   const int64_t tiles = ceil_div(p.len_q, kTileM), tile_bytes = kTileM * (p.features + p.dim_v) * static_cast<int64_t>(sizeof(T));
   int64_t sub_tiles = max64(1, min64(kMaxSubTiles, kItemBytes / max64(1, tile_bytes)));
-  if (has_mask(p.mask) || p.num_threads <= 1 || tiles == 0) {
+  if (has_mask(p.mask) || tiles == 0) {
     while (sub_tiles > 1 && p.batch * ceil_div(tiles, sub_tiles) < kItemsPerThread * p.num_threads) --sub_tiles;
     const int64_t items_per_batch = ceil_div(tiles, sub_tiles);
     if (items_per_batch) sub_tiles = ceil_div(tiles, items_per_batch);  // even items
@@ -280,8 +274,7 @@ static Plan make_plan(const AdditiveAttentionForwardParams& p) {
   // Without a mask items take the same time, and sub-tiles may have any height: few items, each of which prepares all keys, and the
   // same number for every thread where there are few for each.
   int64_t items_per_batch = ceil_div(tiles, sub_tiles);
-  const int64_t most = max64(items_per_batch, tiles);
-  while (items_per_batch < most && p.batch * items_per_batch < kItemsPerThread * p.num_threads &&
+  while (items_per_batch < tiles && p.batch * items_per_batch < kItemsPerThread * p.num_threads &&
          (p.batch * items_per_batch < 2 * p.num_threads || p.batch * items_per_batch % p.num_threads))
     ++items_per_batch;
   const int64_t rows = ceil_div(p.len_q, items_per_batch);
@@ -471,8 +464,8 @@ static void run(const AdditiveAttentionForwardParams& p) {
 // ---- backward: gradients of a tile of scores ----
 
 // kRows queries against `keys` keys, for one vector of features: what dS gives to them and to the weight. query, grad_query:
-// kRows rows at that vector; ds: kRows rows at the first key; key, grad_key [keys][W].
-template <typename T, int kRows, Path kPath>
+// kRows rows at that vector; ds: kRows rows at the first key; key, grad_key [keys][W]. Query and key: a and f, or q and k.
+template <typename T, int kRows, bool kDirect>
 FASTATTN_NOINLINE void gradient_block(int keys, const T* const* query, const T* const* ds, T* const* grad_query, int feature,
                                       const T* __restrict key, T* __restrict grad_key, T* __restrict grad_weight) {
   constexpr int W = kWidth<T>;
@@ -483,20 +476,20 @@ FASTATTN_NOINLINE void gradient_block(int keys, const T* const* query, const T* 
     gq[i] = zero<T>();
   }
   for (int j = 0; j < keys; ++j) {
-    const Vec<T> k = load(key + j * W);
-    Vec<T> gk = load(grad_key + j * W), e[kRows], r[kRows];
+    const Vec<T> k = load(key + j * W), f = kDirect ? broadcast(T(1)) : k;
+    Vec<T> gk = load(grad_key + j * W), a[kRows], inverse[kRows];
 #pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) e[i] = exponential<T, kPath>(q[i], k);
+    for (int i = 0; i < kRows; ++i) a[i] = kDirect ? direct_exponential<T>(q[i], k) : q[i];
 #pragma GCC unroll 4
     for (int i = 0; i + 1 < kRows; i += 2) {
-      const Vec<T> x1 = e[i] + T(1), x2 = e[i + 1] + T(1), both = broadcast(T(1)) / (x1 * x2);
-      r[i] = both * x2;
-      r[i + 1] = both * x1;
+      const Vec<T> x1 = a[i] + f, x2 = a[i + 1] + f, both = broadcast(T(1)) / (x1 * x2);
+      inverse[i] = both * x2;
+      inverse[i + 1] = both * x1;
     }
-    if constexpr (kRows % 2) r[kRows - 1] = broadcast(T(1)) / (e[kRows - 1] + T(1));
+    if constexpr (kRows % 2) inverse[kRows - 1] = broadcast(T(1)) / (a[kRows - 1] + f);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const Vec<T> part = broadcast(ds[i][j]) * r[i], u = part * (r[i] * e[i]);
+      const Vec<T> part = broadcast(ds[i][j]) * (f * inverse[i]), u = part * (a[i] * inverse[i]);
       gw += part;
       gq[i] += u;
       gk += u;
@@ -517,7 +510,7 @@ struct GradientRows {
 };
 
 // key, grad_key [features / W][kTileN][W], keys [begin, end); ds at key 0.
-template <typename T, Path kPath>
+template <typename T, bool kDirect>
 static void gradient_tile(const GradientRows<T>& rows, int features, const T* key, T* grad_key, int begin, int end,
                           T* grad_weight) {
   constexpr int W = kWidth<T>;
@@ -529,10 +522,10 @@ static void gradient_tile(const GradientRows<T>& rows, int features, const T* ke
       const T *const *const q = rows.query + i, *const *const ds = rows.ds + i;
       T* const* const gq = rows.grad_query + i;
       switch (rows.count - i) {
-        case 1: gradient_block<T, 1, kPath>(keys, q, ds, gq, d, k, gk, grad_weight); break;
-        case 2: gradient_block<T, 2, kPath>(keys, q, ds, gq, d, k, gk, grad_weight); break;
-        case 3: gradient_block<T, 3, kPath>(keys, q, ds, gq, d, k, gk, grad_weight); break;
-        default: gradient_block<T, 4, kPath>(keys, q, ds, gq, d, k, gk, grad_weight);
+        case 1: gradient_block<T, 1, kDirect>(keys, q, ds, gq, d, k, gk, grad_weight); break;
+        case 2: gradient_block<T, 2, kDirect>(keys, q, ds, gq, d, k, gk, grad_weight); break;
+        case 3: gradient_block<T, 3, kDirect>(keys, q, ds, gq, d, k, gk, grad_weight); break;
+        default: gradient_block<T, 4, kDirect>(keys, q, ds, gq, d, k, gk, grad_weight);
       }
     }
   }
@@ -552,7 +545,7 @@ static BackwardPlan make_backward_plan(const AdditiveAttentionBackwardParams& p)
   const bool shared = p.num_threads > 1 && p.batch < 2 * p.num_threads;
   const int64_t pairs = shared ? max64(32, 4 * p.num_threads) : 8;
   const int64_t tiles_q = ceil_div(p.len_q, kTileM), chunk = max64(1, min64(tiles_q, pairs));
-  return {shared, tiles_q, max64(1, min64(ceil_div(p.len_k, kTileN), pairs / chunk)), chunk};
+  return {shared, tiles_q, shared ? max64(1, min64(ceil_div(p.len_k, kTileN), pairs / chunk)) : 1, chunk};
 }
 
 // body(n) for n < count; by all threads if `shared`, which then meet at the end.
@@ -764,18 +757,22 @@ struct Backward {
     pair.ds_sum = softmax_gradient(scores, ds, rows, begin, end, batch.shift + i0, batch.delta + i0, mask);
   }
 
-  // key_blocks [width / W][kTileN][W]: e^(2 k), or k.
-  void load_blocks(int64_t j0, int keys, Columns columns, uint64_t dead, bool direct) const {
+  // key_blocks [width / W][kTileN][W]: f, or k. Where the thread has the batch to itself, `key` holds the tile.
+  void load_blocks(KeyTile<T>& key, int64_t j0, int keys, Columns columns, uint64_t dead, Path path) const {
     const int width = columns.last - columns.first;
-    convert_rows(s.key, width, element(row_at(p.key, b, j0), p.key.dtype, columns.first), p.key.dtype, p.key.stride[1], keys,
-                 static_cast<int>(max64(0, min64(width, p.features - columns.first))), dead);
-    if (!direct) exponentials(s.key, keys * width, T(2));
+    if (!plan.shared) {
+      fit_key_tile(key, path, weights, p, b, j0, keys, s.staging);
+    } else {
+      convert_rows(s.key, width, element(row_at(p.key, b, j0), p.key.dtype, columns.first), p.key.dtype, p.key.stride[1], keys,
+                   static_cast<int>(max64(0, min64(width, p.features - columns.first))), dead);
+      if (path != Path::kDirect) exponentials(s.key, keys * width, T(-2));
+    }
     for (int j = 0; j < keys; ++j)
       for (int d = 0; d < width; d += W) store(s.key_blocks + d * kTileN + j * W, load(s.key + j * width + d));
   }
 
   // What the pairs of key tile g and the tiles of queries [first, last) give to some features of dQ, dK and dw.
-  void add_features(int64_t j0, int64_t g, int64_t first, int64_t last, Columns columns) const {
+  void add_features(KeyTile<T>& key, int64_t j0, int64_t g, int64_t first, int64_t last, Columns columns) const {
     const int width = columns.last - columns.first, keys = keys_from(j0);
     if (width == 0) return;
     if (first == 0) std::memset(s.grad_key, 0, kTileN * width * sizeof(T));
@@ -788,7 +785,7 @@ struct Backward {
       const int rows = rows_of(tile), begin = first_bit(pair.mask.columns) / W * W, end = end_bit(pair.mask.columns);
       const bool direct = pair.path == Path::kDirect;
       if (loaded != (direct ? kKeys : kExponentials)) {
-        load_blocks(j0, keys, columns, dead, direct);
+        load_blocks(key, j0, keys, columns, dead, pair.path);
         loaded = direct ? kKeys : kExponentials;
       }
       const uint64_t dead_queries = dead_rows(pair.mask, rows);
@@ -804,12 +801,8 @@ struct Backward {
         live_rows.grad_query[live_rows.count++] = grad_query_row(i0 + r) + columns.first;
       }
       std::memset(s.tile_weight, 0, width * sizeof(T));
-      if (pair.path == Path::kPlain)
-        gradient_tile<T, Path::kPlain>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
-      else if (pair.path == Path::kWide)
-        gradient_tile<T, Path::kWide>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
-      else
-        gradient_tile<T, Path::kDirect>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
+      if (direct) gradient_tile<T, true>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
+      else gradient_tile<T, false>(live_rows, width, s.key_blocks, s.grad_key, begin, end, s.tile_weight);
       for (int d = 0; d < width; ++d) grad_weight[columns.first + d] += pair.ds_sum - 2.0 * s.tile_weight[d];
     }
     if (last < plan.tiles_q) return;
@@ -861,13 +854,14 @@ struct Backward {
         make_tile_mask(pair_at(g, tile).mask, p.mask, b, 0, tile * kTileM, rows_of(tile), j, keys_from(j));
       });
       KeyTile<T> key{s.key, s.key_t, s.key_weighted, T(0), false, 0};
+      int64_t loaded = -1;
       for (int64_t first = 0; first == 0 || first < plan.tiles_q; first += plan.chunk) {
         const int64_t last = min64(plan.tiles_q, first + plan.chunk), count = last - first;
-        int64_t loaded = -1;
+        if (shared) loaded = -1;
         for_each(shared, group * count,
                  [&](int64_t n) { score_pair(j0, n / count, first + n % count, key, loaded); });
         for (int64_t g = 0; g < group; ++g) {
-          add_features(j0 + g * kTileN, g, first, last, features);
+          add_features(key, j0 + g * kTileN, g, first, last, features);
           add_values(j0 + g * kTileN, g, first, last, values);
         }
         if (shared) {
