@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops
+from fastattn import dispatch, masks, ops
 from fastattn.attention import _check_dtypes, _flat_mask, _Sizes
 from fastattn.dispatch import Problem
 from fastattn.masks import Mask
@@ -78,6 +78,7 @@ def additive_attention_weights(
     query, key, _, score_weight, *rest = _arguments(query, key, key, score_weight, mask, backend)
     if not isinstance(lse, Tensor):
         raise TypeError(f"lse must be a tensor, got {type(lse).__name__}")
+    masks.check_layout("lse", lse)
     if lse.dtype != torch.float32 and lse.dtype != ops.lse_dtype(query.dtype):
         raise TypeError(f"lse must be float32, got {lse.dtype}")
     if lse.shape != query.shape[:2]:
@@ -93,6 +94,8 @@ def _arguments(query: Any, key: Any, value: Any, score_weight: Any, mask: Any, b
     if not (
         all(isinstance(x, Tensor) and x.dim() == 3 for x in tensors)
         and query.device == key.device == value.device
+        and query.layout is key.layout is value.layout is torch.strided
+        and not (query.is_nested or key.is_nested or value.is_nested)
         and query.shape[0] == key.shape[0] == value.shape[0]
         and key.shape[1] == value.shape[1]
         and query.shape[2] == key.shape[2]
@@ -113,6 +116,7 @@ def _refuse_inputs(query: Any, key: Any, value: Any) -> NoReturn:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        masks.check_layout(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(
                 f"{name} must have 3 dimensions: query (B, L, A), key (B, S, A), value (B, S, Dv); "
@@ -132,6 +136,7 @@ def _refuse_inputs(query: Any, key: Any, value: Any) -> NoReturn:
 def _check_score_weight(score_weight: Any, query: Tensor) -> None:
     if not isinstance(score_weight, Tensor):
         raise TypeError(f"score_weight must be a tensor, got {type(score_weight).__name__}")
+    masks.check_layout("score_weight", score_weight)
     if score_weight.dtype != query.dtype and score_weight.dtype != torch.float32:
         autocast = ops.autocasts(query.device) and score_weight.dtype in dispatch.KERNEL_DTYPES
         if not autocast:
@@ -151,6 +156,7 @@ def _with_head(mask: Any, batch: int, len_q: int, len_k: int) -> Any:
     """A bool tensor broadcastable to (B, L, S) with the dimension that masks have for the heads; the rest unchanged."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         return mask
+    masks.check_layout("mask", mask)
     fits = mask.dim() <= 3 and all(
         size in (1, wanted) for size, wanted in zip(reversed(mask.shape), (len_k, len_q, batch), strict=False)
     )

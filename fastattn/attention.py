@@ -37,6 +37,7 @@ def _refuse_inputs(query: Any, key: Any, value: Any) -> NoReturn:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        masks.check_layout(name, tensor)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(
@@ -70,6 +71,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> _Sizes:
         and isinstance(value, Tensor)
         and query.dim() == key.dim() == value.dim() == 4
         and query.device == key.device == value.device
+        and query.layout is key.layout is value.layout is torch.strided
+        and not (query.is_nested or key.is_nested or value.is_nested)
     ):
         _refuse_inputs(query, key, value)
     batch, heads_q, len_q, dim = query.shape
@@ -107,6 +110,7 @@ def _check_bias(bias: Any, query: Tensor, sizes: _Sizes, name: str = "bias") -> 
     """The bias with 4 dimensions. `name` is the argument that the caller gave it as."""
     if not isinstance(bias, Tensor):
         raise TypeError(f"{name} must be a float tensor, got {type(bias).__name__}")
+    masks.check_layout(name, bias)
     accepted = f"{name} must be broadcastable to (B, Hq, L, S)"
     wanted = sizes[:4]
     if bias.dim() > 4:
@@ -333,6 +337,7 @@ def attention_weights(
     accumulated = ops.lse_dtype(query.dtype)
     if not isinstance(lse, Tensor):
         raise TypeError(f"lse must be a tensor, got {type(lse).__name__}")
+    masks.check_layout("lse", lse)
     if lse.dtype != torch.float32 and lse.dtype != accumulated:
         raise TypeError(f"lse must be float32, got {lse.dtype}")
     if tuple(lse.shape) != (sizes.batch, sizes.heads_q, sizes.len_q):
@@ -482,6 +487,9 @@ def varlen_attn(
 
     Raises ValueError or TypeError for arguments that do not fit together.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if isinstance(tensor, Tensor):
+            masks.check_layout(name, tensor)
     left, right = _check_varlen_options(max_q, max_k, return_aux, window_size, block_table, seqused_k, num_splits)
     if block_table is not None:
         heads = key.shape[2] if isinstance(key, Tensor) and key.dim() == 4 else None
@@ -536,6 +544,7 @@ def _check_packs(query: Any, key: Any, value: Any) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        masks.check_layout(name, tensor)
         if tensor.dim() != 3:
             raise ValueError(
                 f"{name} must have 3 dimensions: query (Tq, Hq, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv); got "
@@ -548,6 +557,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, pack: Tensor) -> list[int] | N
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         seen = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"{name} must be an int32 or int64 tensor (N + 1,), got {seen}")
+    masks.check_layout(name, cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{name} must have shape (N + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.device != pack.device:
@@ -819,11 +829,18 @@ def scaled_dot_product_attention(
         else:
             bias = attn_mask
     seed = _draw_seed(dropout_p, query.device) if dropout_p else None
-    shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
+    try:
+        shape_q, shape_k, shape_v = query.shape, key.shape, value.shape
+    except RuntimeError:  # of a nested tensor
+        _refuse_sdpa_inputs(query, key, value)
+        raise
     if enable_gqa or shape_q[:-2] == shape_k[:-2]:  # else the heads are not shared out, but broadcast
         direct = ops.direct_attention(query, key, value, mask, bias, dropout_p, scale, seed, None, False)
         if direct is not None:
             return direct[0]
+    _refuse_sdpa_inputs(query, key, value)
+    if attn_mask is not None:
+        masks.check_layout("attn_mask", attn_mask)
     lead: tuple[int, ...] | None = None
     head = 1 if enable_gqa else 2  # with enable_gqa the heads may differ: they are shared out, not broadcast
     if not (len(shape_q) == len(shape_k) == len(shape_v) == 4 and shape_q[:head] == shape_k[:head] == shape_v[:head]):
@@ -834,7 +851,9 @@ def scaled_dot_product_attention(
     if bias is not None:
         bias = _check_bias(bias, query, _check_inputs(query, key, value), "attn_mask")
     arguments = query, key, value, mask, bias, dropout_p, scale, seed, None
-    out, _ = ops.direct_attention(*arguments, False) or _attention_by_operator(*arguments)
+    # What was not reshaped was declined above.
+    direct = None if lead is None else ops.direct_attention(*arguments, False)
+    out, _ = direct or _attention_by_operator(*arguments)
     return out if lead is None or len(lead) == 2 else out.reshape(*lead, *out.shape[-2:])
 
 
@@ -842,6 +861,7 @@ def _refuse_sdpa_inputs(query: Any, key: Any, value: Any) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        masks.check_layout(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions (..., L, E), got {tuple(tensor.shape)}")
 

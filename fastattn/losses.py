@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import dispatch, ops
+from fastattn import dispatch, masks, ops
 from fastattn.dispatch import KERNEL_DTYPES, Problem
 
 REDUCTIONS = ("masked_mean", "sum", "mean", "none")
@@ -297,6 +297,7 @@ def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
         if not isinstance(tensor, Tensor):
             also = " or None" if name == "bias" else ""
             raise TypeError(f"{name} must be a tensor{also}, got {type(tensor).__name__}")
+        masks.check_layout(name, tensor)
     for name, tensor in {**head, "target": target}.items():
         if tensor.dtype not in KERNEL_DTYPES:
             raise TypeError(f"{name} must be of dtype {_ACCEPTED_DTYPES}, got {tensor.dtype}")
@@ -391,6 +392,7 @@ def _check_tensors(input: Tensor, target: Tensor, mask: Tensor) -> torch.dtype:
     for name, tensor in (("input", input), ("target", target), ("mask", mask)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        masks.check_layout(name, tensor)
     for name, tensor in (("input", input), ("target", target)):
         if tensor.dtype not in KERNEL_DTYPES:
             raise TypeError(f"{name} must be of dtype {_ACCEPTED_DTYPES}, got {tensor.dtype}")

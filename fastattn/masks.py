@@ -260,11 +260,20 @@ def _block_range(ids: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return padded.amin(-1), padded.amax(-1)
 
 
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Raises for a tensor whose elements do not lie in memory by strides."""
+    if tensor.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor: pad it; packed sequences go to attention_varlen")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a strided tensor, got one of layout {tensor.layout}: pass its to_dense()")
+
+
 def _check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], rank: int, shape: str) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
         accepted = " or ".join(str(dtype) for dtype in dtypes)
         seen = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a {accepted} tensor {shape}, got {seen}")
+    check_layout(name, tensor)
     if tensor.dim() != rank:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     return tensor
@@ -334,6 +343,7 @@ class Mask:
         """keep[b, h, i, j]. keep: bool, broadcastable to (B, H, L, S)."""
         shape = "broadcastable to (B, Hq, L, S)"
         if isinstance(keep, Tensor) and keep.dim() < 4:
+            check_layout("keep", keep)
             keep = keep[(None,) * (4 - keep.dim())]
         return Mask((Dense(_check_tensor("keep", keep, (torch.bool,), 4, shape)),))
 
@@ -520,10 +530,16 @@ class Mask:
         """
         tensors = self.tensors()
         # While a program is recorded there is nothing to keep: the tensors are fake, or their map would be a constant
-        # of the program. Inference tensors count no versions. Without tensors, folding is as cheap as looking up.
-        if not tensors or torch.compiler.is_compiling() or is_recorded() or any(t.is_inference() for t in tensors):
+        # of the program. Without tensors, folding is as cheap as looking up.
+        if not tensors or torch.compiler.is_compiling() or is_recorded():
             self.validate(B, H, L, S, device)
             return self._fold(L, S, block_m, block_n, build)
+        if any(t.is_inference() for t in tensors):  # they count no versions, and autograd does not save them
+            self.validate(B, H, L, S, device)
+            form = self._fold(L, S, block_m, block_n, build)
+            if not torch.is_grad_enabled():
+                return form
+            return KernelMask._make(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in form)
         # A map made in inference mode cannot be saved for backward, hence the mode in the key.
         key = (B, H, L, S, device, block_m, block_n, torch.is_inference_mode_enabled())
         versions = tuple(t._version for t in tensors)
@@ -637,6 +653,7 @@ def coerce(mask: object) -> Mask | None:
     if isinstance(mask, Tensor):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be a Mask or a bool tensor (True = may attend), got {mask.dtype}; see bias")
+        check_layout("mask", mask)
         if mask.dim() > 4:
             raise ValueError(f"mask must broadcast to (B, Hq, L, S), got shape {tuple(mask.shape)}")
         return Mask.dense(mask)

@@ -1563,14 +1563,14 @@ def direct_attention(
     held = False  # whether the mask has tensors
     if mask is not None:
         if type(mask) is Tensor and needs_grad:
-            if mask.dtype != torch.bool or mask.dim() > 4:
+            if mask.dtype != torch.bool or mask.dim() > 4 or mask.layout is not torch.strided or mask.is_nested:
                 return None
             if mask.numel() > _PACKED_AGAIN or not mask.is_contiguous():
                 mask = Mask.dense(mask)
         if type(mask) is Mask:
             form = mask.band_form
             if form is None:
-                if query.dim() != 4 or key.dim() != 4:
+                if query.dim() != 4 or key.dim() != 4 or query.is_nested or key.is_nested:
                     return None
                 (batch, heads, len_q, _), len_k = query.shape, key.shape[2]
                 try:
@@ -1581,12 +1581,19 @@ def direct_attention(
             mask = form
         elif type(mask) is not Tensor:
             return None
-    library = dispatch.load("cpu")
-    if not needs_grad:
-        return library.attention_direct(query, key, value, bias, mask, scale, dropout_p, dropout_seed, need_lse)
-    solved = library.attention_direct(query, key, value, bias, mask, scale, dropout_p, dropout_seed, True)
-    if solved is None:
+    need_lse = need_lse or needs_grad
+    try:
+        solved = dispatch.load("cpu").attention_direct(
+            query, key, value, bias, mask, scale, dropout_p, dropout_seed, need_lse
+        )
+    except RuntimeError:
+        # torch's, that a sparse or quantized tensor cannot have strides and a nested one has no shape, becomes the
+        # public function's own. To ask first would cost every call.
+        if query.layout is torch.strided and not (query.is_quantized or query.is_nested or value.is_nested):
+            raise
         return None
+    if solved is None or not needs_grad:
+        return solved
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
     if scale is None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastattn
-from fastattn import Mask, dispatch
+from fastattn import Mask, dispatch, ops
 from fastattn.attention import _attention_packed, _attention_with_seed
 
 
@@ -501,6 +501,18 @@ def test_wrong_lengths_that_nobody_checks_attend_to_nothing(backend):
     assert_close(out[1:3], function(query[1:3], torch.tensor([0, 2])))
     out = compiled(query, torch.tensor([0, 2, 4]))
     assert not out[4:].any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "tries"), [((2, 4, 5, 8), 1), ((4, 5, 8), 2), ((2, 2, 4, 5, 8), 2), ((1, 4, 5, 8), 1)]
+)
+def test_sdpa_does_not_try_the_direct_way_again_in_vain(shape, tries, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ops, "direct_attention", lambda *arguments: seen.append(arguments))
+    query = torch.randn(shape)
+    out = fastattn.scaled_dot_product_attention(query, query, query)
+    assert len(seen) == tries
+    assert_close(out, F.scaled_dot_product_attention(query, query, query))
 
 
 BAD_SDPA = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from fastattn import dispatch, tiles
+from fastattn import attention, dispatch, tiles
 from fastattn.backends import reference
 from fastattn.masks import UNLIMITED, KernelMask, Mask, coerce
 
@@ -339,6 +339,21 @@ def test_a_map_made_in_inference_mode_does_not_reach_training():
         inference_mask.kernel_form(B, H, 5, 7, CPU)
     assert not mask.kernel_form(B, H, 5, 7, CPU).tile_map.live.is_inference()
     assert inference_mask.kernel_form(B, H, 5, 7, CPU) is not inference_mask.kernel_form(B, H, 5, 7, CPU)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_mask_made_in_inference_mode_serves_training(backend):
+    with torch.inference_mode():
+        keep, ids = random_keep(B, 7), torch.randint(0, 2, (B, 7))
+        masks = [Mask.key_padding(keep), Mask.key_lengths([3, 4]), Mask.prefix([3, 4]), Mask.segments(ids, ids)]
+        masks += [Mask.dense(random_keep(B, 1, 1, 7).expand(B, H, 7, 7)), Mask.dense(random_keep(7, 7))]
+    for mask in masks:
+        query = torch.randn(B, H, 7, 4, requires_grad=True)
+        out = attention(query, query, query, mask=mask, backend=backend)
+        (grad,) = torch.autograd.grad(out.square().sum(), query)
+        dense = mask.to_dense(B, H, 7, 7)
+        expected = attention(query, query, query, mask=Mask.dense(dense), backend=backend)
+        assert torch.equal(grad, torch.autograd.grad(expected.square().sum(), query)[0])
 
 
 def test_the_cache_stays_small():
