@@ -410,3 +410,94 @@ def test_generation_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "more than 256 characters" in _error(capsys, text_generation.main, "--text", path)
     assert "cannot be read" in _error(capsys, text_generation.main, "--text", tmp_path / "missing.txt")
     assert "--prompt" in _error(capsys, text_generation.main, "--prompt", "")
+
+
+# ------------------------------------------------------------------------------------------------------- masked_words
+
+FILLED_LINE = r"words restored in held-out text: ([\d.]+)% of \d+; always guessing '\w+': ([\d.]+)%"
+
+
+@pytest.fixture
+def masked_words() -> ModuleType:
+    pytest.importorskip("matplotlib", reason="draws the picture")
+    pytest.importorskip("transformers", reason="carries the encoder")
+    return importlib.import_module("masked_words")
+
+
+def test_words_are_filled_in(masked_words: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the dialogues, whose words are few and take few steps."""
+    picture = tmp_path / "picture.png"
+    output = _run(capsys, masked_words.main, "--text", simmim_dialogue.TEXT, "--steps", 60, "--output", picture)
+    restored, guessed = _numbers(FILLED_LINE, output)
+    assert restored > 3 * guessed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_words_meet_their_criterion(
+    masked_words: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restored, guessed = _numbers(FILLED_LINE, _run(capsys, masked_words.main, "--output", tmp_path / "picture.png"))
+    assert restored >= 20
+    assert restored >= 2 * guessed
+
+
+def test_words_attend_within_the_window_as_with_sdpa(masked_words: ModuleType) -> None:
+    """The same scores as on torch's attention; no effect beyond the window, nor of padding."""
+    torch.manual_seed(0)
+    words, length = 30, masked_words.LENGTH
+    numbers = torch.randint(3, words, (4, length))
+    numbers[1:, 25:] = masked_words.PADDING
+    model = masked_words.make_model(numbers, words).eval()
+    mask = torch.rand(numbers.shape) < 0.3
+    mask &= masked_words.known(numbers)
+    loss, scores = masked_words.predict(model, numbers, mask)
+    assert scores.shape == (int(mask.sum()), words)
+    model.set_attn_implementation("sdpa")
+    expected_loss, expected = masked_words.predict(model, numbers, mask)
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, expected_loss)
+
+    model.set_attn_implementation("fastattn")
+    place = torch.zeros_like(mask)
+    place[:, 10] = True
+    _, before = masked_words.predict(model, numbers, place)
+    for distance, seen in ((masked_words.WINDOW, True), (masked_words.WINDOW + 1, False)):
+        for column in (10 - distance, 10 + distance):
+            changed = numbers.clone()
+            changed[:, column] = 3 + (changed[:, column] - 2) % (words - 3)
+            assert torch.equal(masked_words.predict(model, changed, place)[1], before) != seen, column
+
+
+def test_words_are_hidden_once(masked_words: ModuleType) -> None:
+    """Unknown words and padding never; where nothing is hidden, the loss is 0."""
+    torch.manual_seed(0)
+    numbers = torch.randint(3, 30, (40, masked_words.LENGTH))
+    numbers[:, 20:] = masked_words.PADDING
+    numbers[:, 5] = masked_words.UNKNOWN
+    model = masked_words.make_model(numbers, 30)
+    rounds = torch.randint(masked_words.ROUNDS, numbers.shape)
+    guesses, probabilities = masked_words.fill(model, numbers, rounds)
+    may = masked_words.known(numbers)
+    assert int(may.sum()) == 40 * 19
+    assert (guesses[may] > masked_words.HIDDEN).all()
+    assert (probabilities[may].diff(dim=-1) <= 0).all() and (probabilities[may] < 1).all()
+    assert torch.equal(guesses[~may], numbers[~may][:, None].expand(-1, masked_words.GUESSES))
+    # Each with the others of its round hidden.
+    mask = may[:1] & (rounds[:1] == rounds[0, 7])
+    _, scores = masked_words.predict(model, numbers[:1], mask)
+    assert torch.equal(scores[:, 3:].argmax(-1) + 3, guesses[:1][mask][:, 0])
+    loss, scores = masked_words.predict(model, numbers, torch.zeros_like(may))
+    assert loss.item() == 0 and scores.shape == (0, 30)
+
+
+def test_words_bad_input(masked_words: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, main = tmp_path / "few.txt", masked_words.main
+    path.write_text("Hello.\n\nHello.\n\nHello again.\n")
+    assert "20 different paragraphs" in _error(capsys, main, "--text", path, "--output", tmp_path / "a.png")
+    path.write_text("\n\n".join(f"Word{i}" for i in range(20)))
+    assert "must hold 5 words 3 times" in _error(capsys, main, "--text", path, "--output", tmp_path / "a.png")
+    path.write_text("\n\n".join(f"{'a b c d e ' * 3 if i == 7 else i}" for i in range(20)))
+    assert "none of the words held out" in _error(capsys, main, "--text", path, "--output", tmp_path / "a.png")
+    assert "cannot be read" in _error(capsys, main, "--text", tmp_path / "missing.txt", "--output", tmp_path / "a.png")
+    assert "no folder" in _error(capsys, main, "--output", tmp_path / "nowhere" / "picture.png")
