@@ -95,7 +95,8 @@ test-full: setup cpp-test sanitize race-check test-triton
 # The Triton kernels in Triton's interpreter, which is slow: their long walks, the contracts, random problems.
 test-triton: setup
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton_kernels --full -m slow
-	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton $(PYTEST) tests/test_contracts.py tests/test_varlen.py
+	TRITON_INTERPRET=1 FASTATTN_TEST_BACKENDS=triton $(PYTEST) tests/test_contracts.py tests/test_varlen.py \
+	  tests/test_additive.py tests/test_linear_loss.py
 	$(FASTATTN) verify --backend triton --interpret --cases 10
 
 # The C++ tests, and the CUDA kernels as a Python module that executes them on the CPU.

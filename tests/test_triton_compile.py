@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 import fastattn.backends.triton as backend
 from fastattn.backends.triton import common, config, live_tiles
+from fastattn.backends.triton.additive_attention import Side
 from fastattn.backends.triton.masked_loss import Strides
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -340,6 +341,34 @@ def test_every_option_compiles(size, listed):
     assert {"attention_weights_kernel", "attention_backward_dbias_kernel"} <= {name for name, _ in compiled}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", [False, True])
+def test_additive_attention_of_ones_compiles(listed):
+    x, weight, lse = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(1), torch.zeros(1, 1)
+    mask = Mask.window(9, 3) & Mask.prefix(torch.tensor([1])) & Mask.key_lengths(torch.tensor([1]))
+    if listed:
+        ids = torch.zeros(1, 1, dtype=torch.int64)
+        mask = mask & Mask.segments(ids, ids) & Mask.dense(torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    form = mask.kernel_form(1, 1, 1, 1, x.device, 64, 64)
+    with compiling_for(90) as compiled:
+        backend.additive_attention_forward(x, x, x, weight, form)
+        backend.additive_attention_backward(x, lse, x, x, x, weight, x, lse, form)
+    assert {f"additive_backward_{name}_kernel" for name in ("dq", "dkv")} <= {name for name, _ in compiled}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", [False, True])
+def test_linear_losses_of_ones_compile(normalize):
+    outputs = 1 + normalize  # what is normalised has at least two
+    hidden, weight = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(outputs, 1, dtype=torch.bfloat16)
+    bias, target = weight[:, 0], torch.zeros(1, 1, outputs, dtype=torch.bfloat16)
+    mask = torch.ones(1, 1, 1, dtype=torch.bool)
+    with compiling_for(90) as compiled:
+        options = ("smooth_l1", "masked_mean", 0, 1.0, normalize, 1e-6, [True, True, True, not normalize])
+        backend.linear_masked_loss(hidden, weight, bias, target, mask, *options)
+    assert len(compiled) == 4 + normalize
+
+
 @pytest.mark.parametrize("kind", ["l2", "l1", "smooth_l1"])
 def test_every_loss_compiles(kind):
     tokens, mask = torch.zeros(2, 7, 48, dtype=torch.bfloat16), torch.ones(2, 7, 1, dtype=torch.bool)
@@ -365,7 +394,7 @@ def test_every_kind_of_mask_compiles_to_the_parts_it_has():
 
 def test_tuples_of_tuples_end_in_a_constant():
     # Triton 3.6 needs it (common.py), and these tests may run with a later one.
-    for operands in (common.MaskOperands, common.TileOperands, live_tiles._MapOperands, Strides):
+    for operands in (common.MaskOperands, common.TileOperands, live_tiles._MapOperands, Side, Strides):
         assert operands._fields[-1] == "end" and operands._field_defaults["end"] is None
 
 

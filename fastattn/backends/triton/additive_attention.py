@@ -75,6 +75,7 @@ class Side(NamedTuple):
     largest: Any  # float32 [B, padded]: of a row of |x|
     length: Any
     padded: Any
+    end: Any = None  # as that of MaskOperands
 
 
 @triton.jit
