@@ -305,6 +305,20 @@ print(fastattn.explain(q, q, q).chosen)
     assert chosen == "reference"
 
 
+def test_a_library_of_other_sources_is_named() -> None:
+    """As after `git pull` in an editable installation: the package works without it and says what to do."""
+    program = """
+import sys, types
+sys.modules["fastattn._native"] = types.ModuleType("fastattn._native")
+import torch, fastattn
+print(fastattn.dispatch.NATIVE_FAILURE)
+print(fastattn.explain(*[torch.randn(1, 2, 5, 8)] * 3).chosen)
+"""
+    failure, chosen = run_python(program, FASTATTN_CUDA_LIBRARY="").splitlines()
+    assert "compiled from other sources: build it again" in failure
+    assert chosen == "reference"
+
+
 @pytest.fixture
 def build_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """The names of setup.py, which does not build anything here."""

@@ -877,6 +877,9 @@ def _load_module(path: str) -> ModuleType:
     return module
 
 
+_KIND = {"cpu": "compiled library", "cuda": "CUDA library"}
+
+
 @cache
 def library(backend: str) -> Library:
     """The library of the backend "cpu" or "cuda"; ImportError with the reason when it cannot be loaded."""
@@ -885,5 +888,6 @@ def library(backend: str) -> Library:
             return CpuLibrary(importlib.import_module("fastattn._native"))
         return cuda_library(os.environ.get("FASTATTN_CUDA_LIBRARY"))
     except ImportError as error:
-        what = "compiled library" if backend == "cpu" else "CUDA library"
-        raise ImportError(f"fastattn was installed without its {what} ({error})") from error
+        raise ImportError(f"fastattn was installed without its {_KIND[backend]} ({error})") from error
+    except AttributeError as error:  # an editable installation whose sources have moved on
+        raise ImportError(f"the {_KIND[backend]} was compiled from other sources: build it again ({error})") from error
