@@ -328,6 +328,39 @@ def test_bitwise_the_same_with_any_number_of_threads(normalize_target):
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "shape, patch",
+    [
+        ((3, 3, 64, 96), 32),
+        ((5, 2, 48, 80), 16),
+        ((2, 1, 64, 1088), 32),  # a row of patches in two work units
+        ((40, 3, 512), None),  # tokens
+        ((2, 70, 4096), None),
+    ],
+)
+def test_forward_alone(kind, dtype, shape, patch):
+    # In a forward pass alone the CPU kernel reads by cache lines, and asks early for those of the next patches.
+    x, y = (torch.randn(shape).to(dtype) for _ in range(2))
+    mask = torch.rand(shape[0], shape[2] // patch, shape[3] // patch) < 0.6 if patch else torch.rand(shape[:2]) < 0.6
+    counted = expand(mask, x, patch)
+    wanted = oracle(x, y, mask, kind, patch_size=patch)[0]
+    y = y.where(counted, float("nan"))
+    apart = torch.full((*shape[:-2], shape[-2], shape[-1] + 64), float("nan"), dtype=dtype)[..., : shape[-1]]
+    apart.copy_(x.where(counted, float("inf")))
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(call(kind, apart, y, mask, patch_size=patch))
+    finally:
+        torch.set_num_threads(threads)
+    assert abs(found[0].double().item() / wanted.item() - 1) < TOLERANCE[dtype]
+    assert all(torch.equal(loss, found[0]) for loss in found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 3])
 def test_large_gradients(dtype, offset):

@@ -5,8 +5,9 @@
 // do not count are not read (a mask of elements: runs of kChunk elements); their gradient is filled with zeros.
 //
 // Work unit: about kUnit elements. Each unit sums into its own slot and the slots are added in their order, so the result
-// does not depend on the threads. Elements that lie side by side are read and their gradient is written in place; others,
-// and those under a mask of elements that is neither 0 nor 1 all along, pass through kChunk elements (2 KB of float) in L1.
+// does not depend on the threads. Elements that lie side by side are read and their gradient is written in place: without a
+// gradient down the rows of each patch, the next patches asked for meanwhile, else line by line. Others, and those under a mask of
+// elements that is neither 0 nor 1 all along, pass through kChunk elements (2 KB of float) in L1.
 // Bound by memory: bytes of input + target of the counted elements, + the gradient of all.
 #include "bytes.h"
 #include "loss_terms.h"
@@ -20,6 +21,9 @@ constexpr int kChunk = 512;         // elements
 constexpr int64_t kUnit = 1 << 14;  // elements
 constexpr int kWords = kChunk / 64;
 constexpr int kRuns = 64;           // runs of one line that are looked up at a time
+constexpr int kPieceBlocks = 64;    // blocks, of one cache line each, of a piece of one line
+constexpr int kAhead = 4;           // pieces that are asked for before they are read
+constexpr int kShares = 8;          // of the units that a thread gets, to read ahead within
 constexpr int64_t kStreamBytes = 4 << 20;  // a gradient from this size on is written past the caches
 
 enum TensorIndex { kInput, kTarget, kLoss, kGradInput, kGradLoss, kTensors };
@@ -210,13 +214,13 @@ struct Run {
 
 // The loss of `rows` lines, each cut into the same runs, of elements that lie side by side; `slopes` may be null. Line by line
 // and not run by run, since memory order is what the hardware prefetches; but it does not see past a gap, so what counts is
-// asked for into L2 kAhead lines early.
+// asked for into L2 kLinesAhead lines early.
 template <LossKind kKind, DType kType, DType kTargetType, typename T>
 static double add_lines(const Stored<kType>* input, int64_t input_stride, const Stored<kTargetType>* target,
                         int64_t target_stride, Stored<kType>* slopes, int64_t slopes_stride, int64_t rows, const Run* runs,
                         int num_runs, const Constants<T>& c, bool streaming) {
   constexpr int W = kWidth<T>;
-  constexpr int64_t kBlock = 16 * W, kAhead = 2;
+  constexpr int64_t kBlock = 16 * W, kLinesAhead = 2;
   const auto put = [&](Stored<kType>* to, Vec<T> v, int64_t n) __attribute__((always_inline)) {
     if (streaming) stream_stored<kType, T>(to, v, n);
     else store_stored<kType, T>(to, v, n);
@@ -225,7 +229,7 @@ static double add_lines(const Stored<kType>* input, int64_t input_stride, const 
   Vec<T> block_sum = zero<T>();
   int64_t pending = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    const int64_t ahead = r + kAhead < rows ? kAhead : 0;
+    const int64_t ahead = r + kLinesAhead < rows ? kLinesAhead : 0;
     for (const Run* run = runs; run < runs + num_runs; ++run) {
       if (!run->counted) {
         if (!slopes) continue;
@@ -234,13 +238,15 @@ static double add_lines(const Stored<kType>* input, int64_t input_stride, const 
       }
       for (int64_t k0 = run->begin; k0 < run->end; k0 += kBlock) {
         const int64_t end = min64(run->end, k0 + kBlock);
+        Vec<T> lanes = zero<T>();  // apart from block_sum, which g++ keeps in memory since sum() takes it to pieces
         for (int64_t k = k0; k < end; k += W) {
           __builtin_prefetch(input + ahead * input_stride + k, 0, 2);
           __builtin_prefetch(target + ahead * target_stride + k, 0, 2);
           const Vec<T> d = load_stored<kType, T>(input + k, end - k) - load_stored<kTargetType, T>(target + k, end - k);
-          block_sum += value<kKind, T>(d, c);
+          lanes += value<kKind, T>(d, c);
           if (slopes) put(slopes + k, slope<kKind, T>(d, c) * c.scale, end - k);
         }
+        block_sum += lanes;
         pending += (end - k0 + W - 1) / W * W;  // short runs take a whole addition too
         if (pending < kBlock) continue;
         // At most 31 additions in a lane before double takes over.
@@ -254,6 +260,67 @@ static double add_lines(const Stored<kType>* input, int64_t input_stride, const 
     if (slopes) slopes += slopes_stride;
   }
   return total + sum(block_sum);
+}
+
+// Blocks of one cache line of elements each that all count: `blocks` in each of `rows` rows. Where the first lies, and how far
+// apart the rows are, in bytes.
+struct Piece {
+  const char *input, *target;
+  int64_t input_stride, target_stride, rows, blocks;
+};
+
+// At most 31 additions in a lane.
+template <LossKind kKind, DType kType, typename T>
+FASTATTN_INLINE double add_blocks(Piece piece, Piece ahead, const Constants<T>& c) {
+  constexpr int64_t kBytes = kWidth<T> * sizeof(Stored<kType>);
+  Vec<T> lanes = zero<T>(), others = zero<T>();
+  for (int64_t r = 0; r < piece.rows; ++r) {
+    for (int64_t n = 0; n < piece.blocks; ++n) {
+      const int64_t asked = n < ahead.blocks ? n * kAlignment : 0;
+      __builtin_prefetch(ahead.input + asked, 0, 2);
+      __builtin_prefetch(ahead.target + asked, 0, 2);
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kAlignment; k += kBytes) {
+        const int64_t at = n * kAlignment + k;
+        const Vec<T> d = load_stored<kType, T>(reinterpret_cast<const Stored<kType>*>(piece.input + at), kWidth<T>) -
+                         load_stored<kType, T>(reinterpret_cast<const Stored<kType>*>(piece.target + at), kWidth<T>);
+        (k / kBytes % 2 ? others : lanes) += value<kKind, T>(d, c);
+      }
+    }
+    for (int64_t n = piece.blocks; n < ahead.blocks; ++n) {
+      __builtin_prefetch(ahead.input + n * kAlignment, 0, 2);
+      __builtin_prefetch(ahead.target + n * kAlignment, 0, 2);
+    }
+    piece.input += piece.input_stride;
+    piece.target += piece.target_stride;
+    ahead.input += ahead.input_stride;
+    ahead.target += ahead.target_stride;
+  }
+  return sum(lanes + others);  // were `lanes` itself given to sum(), g++ would keep it in memory
+}
+
+// The loss of a piece. Between its reads it asks for the piece `ahead`, into L2: demand misses alone, as many as L1 can wait for,
+// are half of what the memory gives, and what the hardware fetches by itself lies in the gaps for the greater part where lines are
+// read in memory order, and in the patches where these are read down their rows. In step with the reads, since L2 drops what it
+// cannot take at once.
+template <LossKind kKind, DType kType, typename T>
+static double add_piece(const Piece& piece, const Piece& ahead, const Constants<T>& c) {
+  constexpr int64_t kAtOnce = 31 * kWidth<T> * static_cast<int64_t>(sizeof(Stored<kType>)) / kAlignment;
+  double total = 0;
+  for (int64_t first = 0; first < piece.blocks; first += kAtOnce) {
+    const int64_t blocks = min64(piece.blocks - first, kAtOnce), group = kAtOnce / blocks;
+    for (int64_t r = 0; r < piece.rows; r += group) {
+      const auto part = [&](const Piece& of, int64_t width) __attribute__((always_inline)) {
+        return Piece{of.input + r * of.input_stride + first * kAlignment, of.target + r * of.target_stride + first * kAlignment,
+                     of.input_stride, of.target_stride, min64(group, piece.rows - r), width};
+      };
+      const Piece next = part(ahead, min64(ahead.blocks - first, blocks + 1));
+      if (blocks == 2) total += add_blocks<kKind, kType, T>(part(piece, 2), next, c);
+      else if (blocks == 1) total += add_blocks<kKind, kType, T>(part(piece, 1), next, c);
+      else total += add_blocks<kKind, kType, T>(part(piece, blocks), next, c);
+    }
+  }
+  return total;
 }
 
 // slopes *= upstream where counted; what does not count stays 0 whatever its upstream gradient is.
@@ -356,6 +423,80 @@ FASTATTN_INLINE void advance(const Lines& lines, Line& line, int64_t rows) {
   for (int t = 0; t < kTensors; ++t) line.of[t] += rows * lines.tensor[t].stride[2];
   line.mask += lines.mask_stride[2];
 }
+
+// Where a unit lies: columns [begin, end) of `count` lines.
+struct UnitRange {
+  int64_t first_line, count, begin, end;
+};
+
+static UnitRange unit_range(const Lines& lines, int64_t unit) {
+  const int64_t blocks = ceil_div(lines.width, lines.columns_per_unit), first = unit / blocks * lines.lines_per_unit;
+  const int64_t begin = unit % blocks * lines.columns_per_unit;
+  return {first, min64(lines.lines_per_unit, lines.outer[0] * lines.outer[1] * lines.outer[2] - first), begin,
+          min64(begin + lines.columns_per_unit, lines.width)};
+}
+
+// Walks units piece by piece, under a mask of cells of whole cache lines.
+class Walk {
+ public:
+  Walk(const Lines& lines, int64_t unit, int64_t last_unit)
+      : lines_(lines), size_(element_size(lines.tensor[kInput].dtype)), unit_(unit), last_unit_(last_unit) {
+    enter();
+  }
+
+  // The next piece that counts; returns its unit, or -1 after the last. At most two blocks wide where it has more than one row, so
+  // that the piece that is asked for meanwhile has about as many.
+  int64_t next(Piece& piece) {
+    for (;;) {
+      if (column_ == range_.end) {
+        range_.count -= rows_;
+        if (range_.count > 0) {
+          advance(lines_, line_, rows_);
+          start_rows();
+        } else if (++unit_ < last_unit_) {
+          enter();
+        } else {
+          return -1;
+        }
+      }
+      const int64_t begin = column_, blocks = rows_ > 1 ? 2 : kPieceBlocks;
+      const int64_t limit = min64(range_.end, begin + blocks * kAlignment / size_);
+      const bool counted = line_.mask[cell_ * lines_.cell_stride];
+      do {
+        const int64_t stop = (cell_ + 1) * lines_.cell_width;
+        column_ = min64(stop, limit);
+        if (column_ == stop) ++cell_;
+      } while (column_ < limit && static_cast<bool>(line_.mask[cell_ * lines_.cell_stride]) == counted);
+      if (!counted) continue;
+      const TensorRef &input = lines_.tensor[kInput], &target = lines_.tensor[kTarget];
+      piece = {static_cast<const char*>(input.ptr) + (line_.of[kInput] + begin) * size_,
+               static_cast<const char*>(target.ptr) + (line_.of[kTarget] + begin) * size_,
+               input.stride[2] * size_,
+               target.stride[2] * size_,
+               rows_,
+               (column_ - begin) * size_ / kAlignment};
+      return unit_;
+    }
+  }
+
+ private:
+  void enter() {
+    range_ = unit_range(lines_, unit_);
+    line_ = line_at(lines_, range_.first_line);
+    start_rows();
+  }
+  void start_rows() {
+    rows_ = min64(range_.count, lines_.rows_per_cell - line_.last_index % lines_.rows_per_cell);
+    column_ = range_.begin;
+    cell_ = column_ / lines_.cell_width;
+  }
+
+  const Lines& lines_;
+  const int64_t size_;  // of an element
+  int64_t unit_, last_unit_, rows_, column_, cell_;
+  UnitRange range_;  // its lines that are left
+  Line line_;
+};
 
 template <LossKind kKind, typename T>
 struct Worker {
@@ -512,24 +653,47 @@ struct Worker {
       return add_normalized(b * lines.outer[1] * lines.outer[2] + y * lines.rows_per_cell, lines.outer[1],
                             lines.rows_per_cell, scratch);
     }
-    const int64_t blocks = ceil_div(lines.width, lines.columns_per_unit);
-    const int64_t c = unit % blocks * lines.columns_per_unit, end = min64(c + lines.columns_per_unit, lines.width);
-    const int64_t first_cell = c / lines.cell_width, first = unit / blocks * lines.lines_per_unit;
-    const int64_t count = min64(lines.lines_per_unit, lines.outer[0] * lines.outer[1] * lines.outer[2] - first);
+    const UnitRange range = unit_range(lines, unit);
     double total = 0;
-    Line line = line_at(lines, first);
-    for (int64_t n = 0, rows; n < count; n += rows) {
+    Line line = line_at(lines, range.first_line);
+    for (int64_t n = 0, rows; n < range.count; n += rows) {
       if (n > 0) advance(lines, line, rows);
-      rows = min64(count - n, lines.rows_per_cell - line.last_index % lines.rows_per_cell);
+      rows = min64(range.count - n, lines.rows_per_cell - line.last_index % lines.rows_per_cell);
       if (normalize) {
         total += add_normalized(line.index, 1, 1, scratch);
       } else if (lines.cell_width == 1) {
-        total += add_elements(line, c, end);
+        total += add_elements(line, range.begin, range.end);
       } else {
-        total += add_cells(line, rows, c, end, first_cell);
+        total += add_cells(line, rows, range.begin, range.end, range.begin / lines.cell_width);
       }
     }
     return total;
+  }
+
+  // Units [begin, end) for which can_read_ahead(), each into its slot.
+  void add_units(int64_t begin, int64_t end, double* slots) const {
+    for (int64_t unit = begin; unit < end; ++unit) slots[unit] = 0;
+    Walk walk(lines, begin, end);
+    Piece pieces[kAhead + 1];  // a ring
+    int64_t units[kAhead + 1];
+    for (int n = 0; n <= kAhead; ++n) units[n] = n == 0 || units[n - 1] >= 0 ? walk.next(pieces[n]) : -1;
+    for (int n = 0; units[n] >= 0; n = n == kAhead ? 0 : n + 1) {
+      const int last = n == 0 ? kAhead : n - 1;
+      slots[units[n]] += add(pieces[n], pieces[units[last] >= 0 ? last : n]);
+      units[n] = units[last] >= 0 ? walk.next(pieces[n]) : -1;
+    }
+  }
+
+  double add(const Piece& piece, const Piece& ahead) const {
+    if constexpr (kComputeDType<T> == DType::kFloat64) {
+      return add_piece<kKind, DType::kFloat64, T>(piece, ahead, constants);
+    } else {
+      switch (lines.tensor[kInput].dtype) {
+        case DType::kBFloat16: return add_piece<kKind, DType::kBFloat16, T>(piece, ahead, constants);
+        case DType::kFloat16: return add_piece<kKind, DType::kFloat16, T>(piece, ahead, constants);
+        default: return add_piece<kKind, DType::kFloat32, T>(piece, ahead, constants);
+      }
+    }
   }
 };
 
@@ -552,6 +716,12 @@ static bool can_stream(const Lines& lines) {
   return misaligned % kVectorBytes == 0;
 }
 
+// The forward pass alone, over cells of whole cache lines.
+static bool can_read_ahead(const Lines& lines, bool in_place, bool normalize) {
+  return in_place && !normalize && !lines.tensor[kGradInput] &&
+         lines.cell_width * element_size(lines.tensor[kInput].dtype) % kAlignment == 0;
+}
+
 template <LossKind kKind, typename T>
 static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   const T beta = static_cast<T>(p.beta);
@@ -567,8 +737,15 @@ static double run(const MaskedLossParams& p, const Lines& lines, double scale) {
   {
     Arena own(shared.base + shared.used + thread_number() * align_up(scratch_elements * static_cast<int64_t>(sizeof(T))));
     T* const scratch = own.take<T>(scratch_elements);
+    if (can_read_ahead(lines, in_place, p.normalize_target)) {
+      const int64_t share = max64(1, lines.units / (threads * kShares));
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target, scratch);
+      for (int64_t unit = 0; unit < lines.units; unit += share)
+        worker.add_units(unit, min64(unit + share, lines.units), slots);
+    } else {
+#pragma omp for schedule(dynamic)
+      for (int64_t unit = 0; unit < lines.units; ++unit) slots[unit] = worker.add_unit(unit, p.normalize_target, scratch);
+    }
     if (worker.streaming) finish_streams();
   }
   double total = 0;
