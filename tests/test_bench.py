@@ -381,6 +381,15 @@ def test_layers_are_counted():
     assert w.mha_flops(replace(case, backward=True)) == 3 * 8 * 2 * 10 * 16**2 + 3.5 * 4 * 2 * 10 * 10 * 16
 
 
+def test_a_gpu_gets_problems_of_its_size():
+    for plans in (suites.additive_plans, suites.loss_plans):
+        small, large = (plans(False, "bfloat16", device=device) for device in ("cpu", "cuda"))
+        assert all(plan.case.device == "cuda" and plan.case.dtype == "bfloat16" for plan in large)
+        assert max(plan.case.batch for plan in large) > max(plan.case.batch for plan in small)
+    assert {plan.case.backward for plan in suites.additive_plans(True, backward=True)} == {True}
+    assert any(isinstance(plan.case, w.HeadCase) for plan in suites.loss_plans(True, device="cuda"))
+
+
 def test_the_suites_hold_training_and_inference_with_and_without():
     layers = [plan.case for plan in suites.mha_plans(quick=False)]
     seen = {(c.length, c.mask, c.backward, c.need_weights) for c in layers if not c.encoder_layer}
