@@ -10,8 +10,8 @@ of the loss have slots of their own, and so have the shares of the tokens that g
 Design, for one H200 at 25088 tokens (60 % counted), E = P = 768, bfloat16: three products of 18 GFLOP. The first is of
 16-bit numbers in tiles of 32 x 64, which the reads of the second cache bind (21 FLOP a byte): 0.15 ms. The slopes are
 not rounded to 16 bits: the others are three tf32 products each, of 165 TFLOP/s at the most, 0.2 ms. Eager makes three
-16-bit products of full size, 0.13 ms, and moves the predictions about 8 times, 0.07 ms: expected is a third of its speed,
-without its memory. None of this has been measured on a GPU.
+16-bit products of full size, 0.13 ms, and moves the predictions about 8 times, 0.07 ms: expected is a third of its
+speed, without its memory. None of this has been measured on a GPU.
 """
 
 from __future__ import annotations
