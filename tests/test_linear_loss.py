@@ -11,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 from fastattn import dispatch, linear_masked_l1_loss, linear_masked_mse_loss, linear_masked_smooth_l1_loss
 from fastattn.dispatch import Problem
+from fastattn.losses import fuses_head
 from fastattn.testing import poisoned_buffers
 
 FUNCTIONS = {"l2": linear_masked_mse_loss, "l1": linear_masked_l1_loss, "smooth_l1": linear_masked_smooth_l1_loss}
@@ -329,6 +331,13 @@ def test_predictions_are_never_stored():
     command, env = [sys.executable, "-c", MEMORY], os.environ | {"TRITON_INTERPRET": "0"}
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
     assert grown < 16 * 1024, f"{grown} KB more"
+
+
+def test_where_the_fused_head_is_the_faster_one():
+    with FakeTensorMode():
+        on_cpu, on_gpu = (torch.empty(2, 3, 4, device=device) for device in ("cpu", "cuda"))
+        assert fuses_head(on_cpu) == (dispatch.NATIVE_FAILURE is None or dispatch.TRITON_INTERPRETED)
+        assert not fuses_head(on_gpu)
 
 
 def test_backends_without_the_kernel_say_so():
