@@ -219,6 +219,7 @@ def _masked_loss(
 ) -> Tensor:
     check_options(patch_size, reduction, normalize_target, eps)
     dtype = _check_tensors(input, target, mask)
+    beta = _divisor(beta, dtype)
     mask = _fit_patches(mask, input, patch_size) if patch_size else _fit(mask, input)
     if normalize_target:
         _check_normalizable(input, target, mask, patch_size)
@@ -254,6 +255,7 @@ def _linear_masked_loss(
     if reduction == "none":
         raise ValueError("reduction must be 'masked_mean', 'sum' or 'mean': a fused head has no losses of elements")
     dtype = _check_head(hidden, weight, bias, target, mask)
+    beta = _divisor(beta, dtype)
     mask = _check_tokens(hidden, weight, target, mask, patch_size)
     if normalize_target:
         if target.requires_grad:
@@ -370,6 +372,11 @@ def check_beta(beta: float) -> float:
     if beta < 0:
         raise ValueError(f"beta must not be negative, got {beta!r}")
     return beta
+
+
+def _divisor(beta: float, dtype: torch.dtype) -> float:
+    # The kernels multiply by 1 / beta, which is infinite for the smallest of all numbers.
+    return max(beta, torch.finfo(ops.lse_dtype(dtype)).tiny)
 
 
 def check_options(patch_size: int | None, reduction: str, normalize_target: bool, eps: float) -> None:

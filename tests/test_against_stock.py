@@ -114,7 +114,7 @@ def check(case):
 common = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=150, **common)
+@settings(max_examples=75, **common)
 @given(cases())
 def test_any_call_gives_the_numbers_of_torch(case):
     check(case)

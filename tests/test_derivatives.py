@@ -586,7 +586,8 @@ def test_batched_gradients_are_those_of_a_loop():
 # torch.compile, operators, what is refused ---------------------------------------------------------------------------
 
 
-def test_compiled_forward_mode_is_right_or_refused():
+@pytest.mark.parametrize("operation", ["attention", pytest.param("loss", marks=pytest.mark.slow)])
+def test_compiled_forward_mode_is_right_or_refused(operation):
     """Never tangents of zero: torch.compile goes back to eager code, or says that it cannot."""
     query, key, value, along = tensors(*[(1, 2, 4, 3)] * 4)
     counted = torch.tensor([True, False, True, True])[:, None]
@@ -616,20 +617,20 @@ def test_compiled_forward_mode_is_right_or_refused():
     def run_jvp(function):
         return lambda x: jvp(function, (x,), (along,))[1]
 
-    for function in (attention, loss):
-        expected = run_jvp(function)(query)
-        assert expected.abs().max() > 1e-3
-        runs = {
-            "jvp inside": lambda full, f=function: compiled(run_jvp(f), full)(query),
-            "jvp around": lambda full, f=function: run_jvp(compiled(f, full))(query),
-            "jvp around, compiled before": lambda full, f=function: run_jvp(warmed(f, full))(query),
-            "dual inside": lambda full, f=function: compiled(dual(f), full)(query),
-            "dual around, compiled before": lambda full, f=function: dual(warmed(f, full))(query),
-        }
-        for name, run in runs.items():
-            assert_close(run(False), expected, msg=lambda text, name=name: f"{name}: {text}")
-            with pytest.raises(torch._dynamo.exc.Unsupported):
-                run(True)
+    function = {"attention": attention, "loss": loss}[operation]
+    expected = run_jvp(function)(query)
+    assert expected.abs().max() > 1e-3
+    runs = {
+        "jvp inside": lambda full: compiled(run_jvp(function), full)(query),
+        "jvp around": lambda full: run_jvp(compiled(function, full))(query),
+        "jvp around, compiled before": lambda full: run_jvp(warmed(function, full))(query),
+        "dual inside": lambda full: compiled(dual(function), full)(query),
+        "dual around, compiled before": lambda full: dual(warmed(function, full))(query),
+    }
+    for name, run in runs.items():
+        assert_close(run(False), expected, msg=lambda text, name=name: f"{name}: {text}")
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            run(True)
     # Gradients within compiled code are refused as well: torch's tracer takes the operators alone.
     with pytest.raises(RuntimeError, match="called outside torch.compile"):
         compiled(grad(lambda x: attention(x).sum()), True)(query)

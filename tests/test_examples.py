@@ -280,7 +280,9 @@ def attention_maps(simmim_images: ModuleType) -> ModuleType:
     return importlib.import_module("attention_maps")
 
 
-@pytest.mark.parametrize(("what", "steps", "attentions"), [("image", 60, 2), ("text", 130, 1)])
+@pytest.mark.parametrize(
+    ("what", "steps", "attentions"), [("image", 60, 2), pytest.param("text", 130, 1, marks=pytest.mark.slow)]
+)
 def test_maps_show_attention_to_what_is_there(
     attention_maps: ModuleType,
     tmp_path: Path,
@@ -307,6 +309,11 @@ def test_maps_meet_their_criterion(
     found = re.findall(VISIBLE_LINE, _run(capsys, attention_maps.main, *arguments))
     assert len(found) == attentions
     assert all(float(share) > float(alike) for share, alike in found), found
+
+
+def test_maps_of_text(attention_maps: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--output", tmp_path / "maps.png", "--masks", tmp_path / "masks.png")
+    assert len(re.findall(VISIBLE_LINE, _run(capsys, attention_maps.main, "--what", "text", "--steps", 2, *files))) == 1
 
 
 def test_maps_are_the_weights_and_leave_the_model_alone(attention_maps: ModuleType) -> None:

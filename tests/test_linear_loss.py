@@ -246,6 +246,16 @@ def test_bitwise_the_same_with_any_number_of_threads(patch_size):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+def test_beta_whose_inverse_is_infinite(backend):
+    hidden, weight, _, target, mask = problem((2, 7, 5, 3))
+    hidden, target = torch.zeros_like(hidden).requires_grad_(), target.where(target > 0, 0)
+    loss = linear_masked_smooth_l1_loss(hidden, weight, None, target, mask, beta=1e-40, backend=backend)
+    expected = linear_masked_l1_loss(hidden, weight, None, target, mask, backend=backend)
+    assert loss == expected
+    gradients = (torch.autograd.grad(x, hidden)[0] for x in (loss, expected))
+    assert torch.equal(*gradients)
+
+
 def test_reference_predicts_once(monkeypatch):
     hidden, weight, bias, target, mask = problem((2, 7, 5, 3))
     predictions = []

@@ -481,6 +481,16 @@ def test_bad_input(arguments, options, error, words):
             assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(("dtype", "beta"), [(torch.float32, 1e-40), (torch.bfloat16, 1e-45), (torch.float64, 1e-310)])
+def test_beta_whose_inverse_is_infinite(dtype, beta, backend):
+    input = torch.tensor([0.0, 1.0, -2.0, 3.0], dtype=dtype, requires_grad=True)
+    counted = torch.ones(4, dtype=torch.bool)
+    loss = masked_smooth_l1_loss(input, torch.zeros(4, dtype=dtype), counted, beta=beta, backend=backend)
+    loss.backward()
+    assert loss == 1.5
+    assert input.grad.tolist() == [0, 0.25, -0.25, 0.25]
+
+
 @pytest.mark.parametrize(
     ("beta", "error"), [(-1.0, ValueError), (float("inf"), ValueError), (float("nan"), ValueError), ("1", TypeError)]
 )

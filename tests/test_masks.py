@@ -434,7 +434,7 @@ def fresh_dynamo():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compile_traces_building_a_mask(backend):
     compiled = torch.compile(every_constructor, backend=backend, fullgraph=True, dynamic=True)
     for L in (5, 8, 13):

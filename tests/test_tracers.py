@@ -363,9 +363,7 @@ def check_compile(kind, training, backend):
         assert_same(out[real], expected[real])
 
 
-@pytest.mark.parametrize(
-    "kind, training", [("weights", True), ("no_weights", False), ("encoder_layer", True)], indirect=["kind"]
-)
+@pytest.mark.parametrize("kind, training", [("weights", True), ("no_weights", False)], indirect=["kind"])
 def test_compile(kind, training):
     check_compile(kind, training, "aot_eager")
 
@@ -373,8 +371,8 @@ def test_compile(kind, training):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, training",
-    [("weights", False), ("no_weights", True), ("encoder", False), ("decoder_layer", True), ("transformer", True),
-     ("transformer", False)],
+    [("weights", False), ("no_weights", True), ("encoder_layer", True), ("encoder", False), ("decoder_layer", True),
+     ("transformer", True), ("transformer", False)],
     indirect=["kind"],
 )  # fmt: skip
 def test_compile_of_every_layer(kind, training):

@@ -645,7 +645,9 @@ def test_register_is_idempotent_and_says_what_is_missing(monkeypatch):
         integration.register()
 
 
-@pytest.mark.parametrize("regional", [False, True], ids=["whole model", "each layer"])
+@pytest.mark.parametrize(
+    "regional", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["whole model", "each layer"]
+)
 def test_compiled_without_graph_breaks(regional):
     model, inputs = make("llama").eval(), text_inputs("left")
     expected = model(**inputs).logits
