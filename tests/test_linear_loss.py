@@ -18,6 +18,8 @@ from fastattn import dispatch, linear_masked_l1_loss, linear_masked_mse_loss, li
 from fastattn.dispatch import Problem
 from fastattn.losses import fuses_head
 from fastattn.testing import poisoned_buffers
+from fastattn.testing.cases import random_linear_loss_case
+from fastattn.testing.checks import FAIL, check_linear_loss
 
 FUNCTIONS = {"l2": linear_masked_mse_loss, "l1": linear_masked_l1_loss, "smooth_l1": linear_masked_smooth_l1_loss}
 # Rounding of what is stored, times a little for the sums; the comparison is relative to the largest element.
@@ -109,6 +111,15 @@ def test_dtypes_and_reductions(dtype, reduction, backend):
     *tensors, mask = problem((3, 67, 40, 131), dtype)
     got = compute(tensors, mask, reduction=reduction, backend=backend)
     assert_close(got, oracle(*tensors, mask, reduction=reduction), dtype)
+
+
+@pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason="the compiled library is not there")
+@pytest.mark.parametrize("index", range(10))
+def test_random_bfloat16_problems(index):
+    """By contract 11; where the CPU multiplies pairs of bfloat16 numbers, kernels of their own."""
+    checks = check_linear_loss("cpu", random_linear_loss_case(3, index, torch.bfloat16))
+    failed = [f"{check.name}: {check.detail}" for check in checks if check.status == FAIL]
+    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

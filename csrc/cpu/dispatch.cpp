@@ -38,15 +38,15 @@ struct Kernels {
   void (*linear_masked_loss)(const LinearMaskedLossParams&);
 };
 
-// The kernels of a level; attention itself may come from another one.
-#define FASTATTN_LEVEL(level, attention)                                                                         \
-  {#attention, supports_##attention, attention::attention_forward_workspace, attention::attention_forward,       \
-   attention::attention_backward_workspace, attention::attention_backward, level::attention_weights_workspace,   \
+// The kernels of a level; attention itself and the linear head may come from another one.
+#define FASTATTN_LEVEL(level, pairs)                                                                             \
+  {#pairs, supports_##pairs, pairs::attention_forward_workspace, pairs::attention_forward,                       \
+   pairs::attention_backward_workspace, pairs::attention_backward, level::attention_weights_workspace,           \
    level::attention_weights, level::attention_weights_backward_workspace, level::attention_weights_backward,     \
-   level::mask_tiles, level::masked_loss_workspace, level::masked_loss,                                         \
+   level::mask_tiles, level::masked_loss_workspace, level::masked_loss,                                          \
    level::additive_attention_forward_workspace, level::additive_attention_forward,                               \
-   level::additive_attention_backward_workspace, level::additive_attention_backward,              \
-   level::linear_masked_loss_workspace, level::linear_masked_loss}
+   level::additive_attention_backward_workspace, level::additive_attention_backward,                             \
+   pairs::linear_masked_loss_workspace, pairs::linear_masked_loss}
 
 [[maybe_unused]] bool supports_baseline() { return true; }
 [[maybe_unused]] bool supports_neon() { return true; }  // part of the AArch64 ABI

@@ -61,7 +61,7 @@ FASTATTN_DECLARE_CPU_KERNELS
 namespace avx512 {
 FASTATTN_DECLARE_CPU_KERNELS
 }
-// Kernels of its own for attention of bfloat16 alone; all else is avx512's.
+// Kernels of its own for attention and the linear head of bfloat16 alone; all else is avx512's.
 namespace avx512bf16 {
 FASTATTN_DECLARE_CPU_KERNELS
 }

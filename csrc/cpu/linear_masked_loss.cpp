@@ -8,8 +8,13 @@
 //     grad_hidden = slopes W;  grad_weight += slopes^T hidden;  grad_bias += sum over the tokens of slopes.
 // No two items write the same number and every sum is made in a fixed order, so results do not depend on the threads. Blocks of W
 // are copied to scratch, where they lie side by side in the compute type: each copied element serves kTokens rows.
+//
+// Where the CPU multiplies pairs of bfloat16 numbers (pairs.h) the three products take those, with sums in float. Hidden and W are
+// multiplied as they are; the slopes are rounded for the products of phase 2, as by torch's linear in bfloat16. The loss, grad_bias
+// and grad_target come from what is not rounded.
 #include "gemm.h"
 #include "loss_terms.h"
+#include "pairs.h"
 #include "schedule.h"
 #include "tile.h"
 
@@ -20,6 +25,7 @@ constexpr int kTokens = 256;
 constexpr int kFeatures = 96;
 constexpr int kPart = 64;     // tokens
 constexpr int kColumns = 48;
+constexpr int kParts = kTokens / kPart;
 
 // Elements of a row, padded to whole cache lines, an odd number of them: rows below each other then share no cache set.
 template <typename T>
@@ -31,42 +37,52 @@ static int64_t row_size(int64_t n) {
 template <typename T>
 struct Head {
   const LinearMaskedLossParams& p;
-  int64_t chunks, hidden_ld;
+  using Element = Operand<T>;
+
+  int64_t chunks, hidden_ld, pairs_ld;
   bool backward;       // some gradient needs the slopes of all chunks at once
   Constants<T> constants;
   // Shared scratch
   int64_t* tokens;     // b * N + n of those that count
-  T* hidden;           // [kTokens][hidden_ld]
-  T* slopes;           // [chunks][kTokens][kFeatures]
-  Moments<T>* moment;  // [kTokens]
-  double* sums;        // [chunks][kTokens / kPart]
+  Element* hidden;         // [kTokens][hidden_ld]
+  Element* hidden_pairs;   // [kTokens / 2][pairs_ld], pairs along the tokens
+  Element* slopes;         // [chunks][kTokens][kFeatures], or their pairs along the tokens, [chunks][kTokens / 2][kFeatures]
+  Element* slope_rows;     // [chunks][kTokens][kFeatures / 2], pairs along the features
+  T* slope_sums;           // [chunks][kParts][kFeatures], over the tokens of a part
+  Moments<T>* moment;      // [kTokens]
+  double* sums;            // [chunks][kParts]
 
   struct Scratch {     // of a thread
-    T *panel, *staging, *bias;   // [E][kFeatures], of transpose_rows, [kFeatures]
+    Element *panel, *block;      // [depth of E][kFeatures]; [depth of kFeatures][kColumns]
+    T *staging, *bias;           // of transpose_rows, [kFeatures]
     T *target, *predictions;     // [P] when normalised, else [kFeatures]; [kPart][kFeatures]
-    T *block, *product;          // [kFeatures][kColumns]; [max(kTokens, kFeatures)][kColumns]
+    T* product;                  // [max(kTokens, kFeatures)][kColumns]
   };
 
   explicit Head(const LinearMaskedLossParams& params) : p(params) {
     chunks = ceil_div(p.dim_out, kFeatures);
-    hidden_ld = row_size<T>(p.dim_in);
+    hidden_ld = row_size<Element>(depth<T>(static_cast<int>(p.dim_in)));
+    pairs_ld = row_size<Element>(p.dim_in);
     backward = p.grad_hidden || p.grad_weight || p.grad_bias;
   }
 
   void take(Arena& arena) {
     tokens = arena.take<int64_t>(num_tokens());
-    hidden = arena.take<T>(kTokens * hidden_ld);
-    slopes = arena.take<T>(backward ? chunks * kTokens * kFeatures : 0);
+    hidden = arena.take<Element>(kTokens * hidden_ld);
+    hidden_pairs = arena.take<Element>(kPairs<T> && p.grad_weight ? kTokens / 2 * pairs_ld : 0);
+    slopes = arena.take<Element>(backward ? chunks * kTokens * kFeatures / kTerms<Element> : 0);
+    slope_rows = arena.take<Element>(kPairs<T> && backward ? chunks * kTokens * kFeatures / 2 : 0);
+    slope_sums = arena.take<T>(p.grad_bias ? chunks * kParts * kFeatures : 0);
     moment = arena.take<Moments<T>>(p.normalize_target ? kTokens : 0);
-    sums = arena.take<double>(chunks * (kTokens / kPart));
+    sums = arena.take<double>(chunks * kParts);
   }
   void take(Arena& arena, Scratch& own) const {
-    own.panel = arena.take<T>(p.dim_in * kFeatures);
+    own.panel = arena.take<Element>(depth<T>(static_cast<int>(p.dim_in)) * kFeatures);
     own.staging = arena.take<T>(kWidth<T> * align_up(p.dim_in));
     own.bias = arena.take<T>(kFeatures);
     own.target = arena.take<T>(p.normalize_target ? max64(p.dim_out, kFeatures) : kFeatures);
-    own.predictions = arena.take<T>(backward ? 0 : kPart * kFeatures);
-    own.block = arena.take<T>(kFeatures * kColumns);
+    own.predictions = arena.take<T>(backward && !kPairs<T> ? 0 : kPart * kFeatures);
+    own.block = arena.take<Element>(depth<T>(kFeatures) * kColumns);
     own.product = arena.take<T>(max64(kTokens, kFeatures) * kColumns);
   }
 
@@ -129,13 +145,20 @@ struct Head {
     if (p.grad_target) write_grad_target(nullptr, token, 0, p.dim_out);
   }
 
-  // Row r of the block: token tokens[r].
-  void gather(int64_t token, int64_t r, const Scratch& own) const {
-    convert_row(hidden + r * hidden_ld, element(p.hidden.ptr, p.hidden.dtype, row_of(p.hidden, token)), p.hidden.dtype,
-                static_cast<int>(p.dim_in), static_cast<int>(hidden_ld));
-    if (!p.normalize_target) return;
-    read_target(own.target, token, 0, p.dim_out);
-    moment[r] = moments(own.target, p.dim_out, 1, p.dim_out, p.normalize_eps);
+  // Rows r and, if there are so many, r + 1 of the block, r even.
+  void gather(const int64_t* block, int64_t r, int64_t rows, const Scratch& own) const {
+    const int count = static_cast<int>(min64(2, rows - r)), dim = static_cast<int>(p.dim_in);
+    for (int64_t row = r; row < r + count; ++row) {
+      const void* const from = element(p.hidden.ptr, p.hidden.dtype, row_of(p.hidden, block[row]));
+      if constexpr (kPairs<T>) copy_pair_rows(hidden + row * hidden_ld, hidden_ld, from, 0, nullptr, 1, dim, 1.0f);
+      else convert_row(hidden + row * hidden_ld, from, p.hidden.dtype, dim, static_cast<int>(hidden_ld));
+      if (!p.normalize_target) continue;
+      read_target(own.target, block[row], 0, p.dim_out);
+      moment[row] = moments(own.target, p.dim_out, 1, p.dim_out, p.normalize_eps);
+    }
+    if constexpr (kPairs<T>)
+      if (p.grad_weight)
+        zip_rows(hidden_pairs + r / 2 * pairs_ld, pairs_ld, PairRows{hidden + r * hidden_ld, 2 * hidden_ld}, 0, count, dim, 0);
   }
 
   const void* weight_at(int64_t f, int64_t column) const {
@@ -144,9 +167,10 @@ struct Head {
 
   // The columns of W^T for a chunk, and its bias.
   void load_chunk(int64_t chunk, const Scratch& own) const {
-    const int count = features_of(chunk);
-    transpose_rows(own.panel, kFeatures, weight_at(chunk * kFeatures, 0), p.weight.dtype, p.weight.stride[0], count,
-                   static_cast<int>(p.dim_in), T(1), own.staging);
+    const int count = features_of(chunk), dim = static_cast<int>(p.dim_in);
+    const void* const from = weight_at(chunk * kFeatures, 0);
+    if constexpr (kPairs<T>) transpose_pairs(own.panel, kFeatures, from, p.weight.stride[0], count, dim, 1.0f);
+    else transpose_rows(own.panel, kFeatures, from, p.weight.dtype, p.weight.stride[0], count, dim, T(1), own.staging);
     if (p.bias)
       convert_row(own.bias, element(p.bias.ptr, p.bias.dtype, chunk * kFeatures), p.bias.dtype, count, kFeatures);
     else std::memset(own.bias, 0, kFeatures * sizeof(T));
@@ -169,9 +193,11 @@ struct Head {
   // Phase 1: tokens [first, last) of the block. The panel of the chunk is loaded.
   double predict(const int64_t* block, int64_t chunk, int first, int last, const Scratch& own) const {
     const int count = features_of(chunk);
-    T* const out = backward ? slopes + (chunk * kTokens + first) * kFeatures : own.predictions;
-    gemm<Layout::kRows>(last - first, count, static_cast<int>(p.dim_in), hidden + first * hidden_ld, hidden_ld, own.panel,
-                        kFeatures, out, kFeatures, false);
+    T* out = own.predictions;
+    if constexpr (!kPairs<T>)
+      if (backward) out = slopes + (chunk * kTokens + first) * kFeatures;
+    gemm<Layout::kRows>(last - first, count, depth<T>(static_cast<int>(p.dim_in)), hidden + first * hidden_ld, hidden_ld,
+                        own.panel, kFeatures, out, kFeatures, false);
     double total = 0;
     for (int r = first; r < last; ++r) {
       T* const row = out + (r - first) * kFeatures;
@@ -185,6 +211,13 @@ struct Head {
       }
       if (p.grad_target) write_grad_target(row, block[r], chunk * kFeatures, count);
     }
+    if (p.grad_bias) sum_rows(slope_sums + (chunk * kParts + first / kPart) * kFeatures, out, last - first);
+    if constexpr (kPairs<T>) {
+      if (!backward) return total;
+      const int rows = last - first;
+      round_both_pairs(out, slope_rows + (chunk * kTokens + first) * kFeatures / 2, kFeatures, rows, count);
+      std::memcpy(slopes + (chunk * kTokens + first) * kFeatures / 2, out, depth<T>(rows) * kFeatures * sizeof(Element));
+    }
     return total;
   }
 
@@ -193,9 +226,16 @@ struct Head {
     const int width = static_cast<int>(min64(kColumns, p.dim_in - column));
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int count = features_of(chunk);
-      convert_rows(own.block, kColumns, weight_at(chunk * kFeatures, column), p.weight.dtype, p.weight.stride[0], count, width);
-      gemm<Layout::kRows>(rows, width, count, slopes + chunk * kTokens * kFeatures, kFeatures, own.block, kColumns, own.product,
-                          kColumns, chunk > 0);
+      const void* const from = weight_at(chunk * kFeatures, column);
+      const Element* of = slopes + chunk * kTokens * kFeatures;
+      if constexpr (kPairs<T>) {
+        of = slope_rows + chunk * kTokens * kFeatures / 2;
+        zip_rows(own.block, kColumns, PairRows{from, p.weight.stride[0]}, 0, count, width, 0);
+      } else {
+        convert_rows(own.block, kColumns, from, p.weight.dtype, p.weight.stride[0], count, width);
+      }
+      gemm<Layout::kRows>(rows, width, depth<T>(count), of, kFeatures / kTerms<Element>, own.block, kColumns, own.product, kColumns,
+                          chunk > 0);
     }
     for (int r = 0; r < rows; ++r)
       store_row(element(p.grad_hidden.ptr, p.grad_hidden.dtype, row_of(p.grad_hidden, block[r]) + column), p.grad_hidden.dtype,
@@ -205,18 +245,24 @@ struct Head {
   // Phase 2: the rows of a chunk in grad_weight and grad_bias; `first` the first block, which finds nothing to add to.
   void add_weight(int rows, int64_t chunk, bool first, const Scratch& own) const {
     const int count = features_of(chunk);
-    const T* const of = slopes + chunk * kTokens * kFeatures;
-    if (p.grad_bias) add_row(static_cast<T*>(p.grad_bias.ptr) + chunk * kFeatures, sum_rows(of, rows, own.product), count, first);
+    if (p.grad_bias) {
+      const T* const parts = slope_sums + chunk * kParts * kFeatures;
+      for (int r = 0; r < rows; r += kPart) add_row(own.product, parts + r / kPart * kFeatures, kFeatures, r == 0);
+      add_row(static_cast<T*>(p.grad_bias.ptr) + chunk * kFeatures, own.product, count, first);
+    }
     if (!p.grad_weight) return;
+    const Element* const of = slopes + chunk * kTokens * kFeatures / kTerms<Element>;
+    const Element* const with = kPairs<T> ? hidden_pairs : hidden;
     T* const grad = static_cast<T*>(p.grad_weight.ptr) + chunk * kFeatures * p.dim_in;
     for (int64_t column = 0; column < p.dim_in; column += kColumns) {
       const int width = static_cast<int>(min64(kColumns, p.dim_in - column));
-      gemm<Layout::kTransposed>(count, width, rows, of, kFeatures, hidden + column, hidden_ld, own.product, kColumns, false);
+      gemm<Layout::kTransposed>(count, width, depth<T>(rows), of, kFeatures, with + column, pairs_ld, own.product, kColumns, false);
       for (int f = 0; f < count; ++f) add_row(grad + f * p.dim_in + column, own.product + f * kColumns, width, first);
     }
   }
 
-  static const T* sum_rows(const T* rows, int count, T* to) {
+  // to[k] = sum over `count` rows.
+  static void sum_rows(T* to, const T* rows, int count) {
     constexpr int W = kWidth<T>;
     for (int k = 0; k < kFeatures; k += W) {
       // In two steps: a rounding error grows with the length of the chain.
@@ -228,7 +274,6 @@ struct Head {
       }
       store(to + k, total);
     }
-    return to;
   }
   static void add_row(T* to, const T* from, int count, bool first) {
     constexpr int W = kWidth<T>;
@@ -291,7 +336,7 @@ static double run(const LinearMaskedLossParams& p) {
       const int rows = static_cast<int>(min64(block_size, counted - n * block_size));
       const int64_t parts = ceil_div(rows, kPart);
 #pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; ++r) head.gather(block[r], r, own);
+      for (int64_t r = 0; r < rows; r += 2) head.gather(block, r, rows, own);
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < head.chunks * parts; ++item) {
         const int64_t chunk = item / parts;
@@ -314,6 +359,20 @@ static double run(const LinearMaskedLossParams& p) {
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+
+int64_t linear_masked_loss_workspace(const LinearMaskedLossParams& p) {
+  return p.hidden.dtype == DType::kBFloat16 ? workspace_bytes<float>(p) : avx512::linear_masked_loss_workspace(p);
+}
+
+void linear_masked_loss(const LinearMaskedLossParams& p) {
+  if (p.hidden.dtype != DType::kBFloat16) return avx512::linear_masked_loss(p);
+  const double loss = run<float>(p);
+  store_row(p.loss.ptr, p.loss.dtype, &loss, 1, 1.0);
+}
+
+#else
+
 int64_t linear_masked_loss_workspace(const LinearMaskedLossParams& p) {
   return p.hidden.dtype == DType::kFloat64 ? workspace_bytes<double>(p) : workspace_bytes<float>(p);
 }
@@ -322,5 +381,7 @@ void linear_masked_loss(const LinearMaskedLossParams& p) {
   const double loss = p.hidden.dtype == DType::kFloat64 ? run<double>(p) : run<float>(p);
   store_row(p.loss.ptr, p.loss.dtype, &loss, 1, 1.0);
 }
+
+#endif
 
 }  // namespace fastattn::cpu::FASTATTN_ISA

@@ -132,6 +132,8 @@ void test_problem(Random& random, DType dtype, int64_t B, int64_t rows, int64_t 
     }
   }
   const double unit = dtype == DType::kFloat64 ? 4e-16 : 4e-7;
+  // Where pairs of bfloat16 numbers are multiplied, the slopes are rounded for it.
+  const bool pairs = dtype == DType::kBFloat16 && std::string(cpu::level_name()) == "avx512bf16";
   const double stored = dtype == DType::kBFloat16 ? 4e-3 : dtype == DType::kFloat16 ? 1e-3 : unit;
   std::vector<char> first;
   for (const int threads : {1, 3}) {
@@ -150,7 +152,7 @@ void test_problem(Random& random, DType dtype, int64_t B, int64_t rows, int64_t 
   }
   check("loss", loss.ref(0, 0, 1), {total * scale}, {total * scale * static_cast<double>(E + 8)}, unit);
   check("grad_hidden", grad_hidden.ref(0, 0, 1), gh, sh, stored);
-  check("grad_weight", grad_weight.ref(0, 0, 1), gw, sw, unit);
+  check("grad_weight", grad_weight.ref(0, 0, 1), gw, sw, pairs ? stored : unit);
   check("grad_bias", grad_bias.ref(0, 0, 1), gb, sb, unit);
   check("grad_target", grad_target.ref(0, 0, 1), gt, st, stored);
 }

@@ -45,7 +45,12 @@ class Unsupported(Exception):
 
 def multiplies_pairs(case: Case) -> bool:
     """Whether the CPU kernels multiply pairs of bfloat16 numbers for a problem like this. Decoding does not."""
-    if case.dtype != torch.bfloat16 or case.len_q <= 8 or dispatch.NATIVE_FAILURE is not None:
+    return case.len_q > 8 and level_multiplies_pairs(case.dtype)
+
+
+def level_multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels multiply pairs of bfloat16 numbers at the instruction level in use."""
+    if dtype != torch.bfloat16 or dispatch.NATIVE_FAILURE is not None:
         return False
     return bool(dispatch.load("cpu").info()["level"] == "avx512bf16")
 

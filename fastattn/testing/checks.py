@@ -26,7 +26,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastattn.testing.adapters import REFUSALS, TENSOR_CORE_BACKENDS, Target, Unsupported, mask_of
+from fastattn.testing.adapters import (
+    REFUSALS,
+    TENSOR_CORE_BACKENDS,
+    Target,
+    Unsupported,
+    level_multiplies_pairs,
+    mask_of,
+)
 from fastattn.testing.cases import (
     AdditiveCase,
     Case,
@@ -655,7 +662,8 @@ def check_linear_loss(backend: str, case: LinearLossCase, device: str = "cpu") -
 
     seen, written = run(NAN, NAN)
     arguments = case, hidden, weight, bias if case.bias else None, target, mask, LOSS_EPS, upstream
-    expected = linear_loss_oracle(*arguments)
+    pairs = backend == "cpu" and level_multiplies_pairs(loss_case.dtype)
+    expected = linear_loss_oracle(*arguments, pairs)
     peer = eager_linear_loss_peer(*arguments) if target.numel() else {}
     checks = [_compare(name, seen[name], expected, peer, loss_case.dtype) for name in expected.values]
     checks.append(Check("inputs", FAIL if written else PASS, "an input tensor was written" if written else ""))

@@ -568,9 +568,11 @@ def linear_loss_oracle(
     mask: Tensor,
     eps: float,
     upstream: Tensor,
+    pairs: bool = False,
 ) -> Expected:
     """Expected loss (float64) of a linear prediction, and gradients to hidden, weight, bias and, without normalisation,
-    to target."""
+    to target. `pairs`: the kernel rounds the slopes for the products that make the gradients, as torch's linear does in
+    16 bits; that counts as noise of single elements alone."""
     h, w = hidden.detach().double(), weight.detach().double()
     b = torch.zeros(len(w), dtype=torch.float64) if bias is None else bias.detach().double()
     prediction, size = from_tokens(case, F.linear(h, w, b)), from_tokens(case, F.linear(h.abs(), w.abs(), b.abs()))
@@ -594,6 +596,11 @@ def linear_loss_oracle(
         if name != "dbias" or bias is not None:
             expected.values[name] = value
             expected.noise[name] = stores * _store(value, case.loss.dtype) + from_slopes + 2 * u * added
+    if pairs:
+        rounded = _store(slopes, case.loss.dtype).square()
+        by_hidden, by_weight = (rounded @ w.square()).sqrt().view(h.shape), (rounded.T @ rows.square()).sqrt()
+        expected.element_noise["dhidden"] = expected.noise["dhidden"] + by_hidden
+        expected.element_noise["dweight"] = expected.noise["dweight"] + by_weight
     return expected
 
 
