@@ -24,38 +24,43 @@ def test_random_problems(index):
     assert not failed, "\n".join(failed)
 
 
-def losses(name, tokens, dim_in, dim_out, **options):
-    """Loss and gradients of one problem."""
+def problem(tokens, dim_in, dim_out):
+    """hidden, weight, bias, target and the mask; predictions are of the size of the target."""
     torch.manual_seed(6)
     shapes = (2, tokens, dim_in), (dim_out, dim_in), (dim_out,), (2, tokens, dim_out)
-    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    mask = torch.rand(2, tokens) < 0.6
-    loss = fastattn.linear_masked_smooth_l1_loss(*tensors, mask, backend=name, **options)
+    tensors = [torch.randn(shape) for shape in shapes]
+    tensors[1] /= dim_in**0.5
+    return tensors, torch.rand(2, tokens) < 0.6
+
+
+def losses(name, *sizes, dtype=torch.float32):
+    """Loss and gradients of one problem."""
+    tensors, mask = problem(*sizes)
+    tensors = [x.to(dtype).requires_grad_() for x in tensors]
+    loss = fastattn.linear_masked_smooth_l1_loss(*tensors, mask, backend=name)
     return loss.detach(), *torch.autograd.grad(loss, tensors)
 
 
-def assert_close(ours, expected):
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
+def assert_right(*sizes):
+    for ours, exact in zip(losses("triton", *sizes), losses("reference", *sizes, dtype=torch.float64), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
 
 
 def test_blocks_of_tokens():
     # 90 tokens count: the second block holds some of them, the third none.
     with mock.patch.object(backend, "_BLOCK_TOKENS", 64):
-        assert_close(losses("triton", 75, 20, 33), losses("reference", 75, 20, 33))
+        assert_right(75, 20, 33)
 
 
 @pytest.mark.slow
 def test_splits_of_the_tokens():
-    assert_close(losses("triton", 400, 40, 70), losses("reference", 400, 40, 70))
+    assert_right(400, 40, 70)
 
 
 def test_each_gradient_alone():
     _, *expected = losses("triton", 9, 8, 12)
     for n in range(4):
-        torch.manual_seed(6)
-        tensors = [torch.randn(shape) for shape in ((2, 9, 8), (12, 8), (12,), (2, 9, 12))]
+        tensors, mask = problem(9, 8, 12)
         tensors[n].requires_grad_()
-        mask = torch.rand(2, 9) < 0.6
         fastattn.linear_masked_smooth_l1_loss(*tensors, mask, backend="triton").backward()
         assert torch.equal(tensors[n].grad, expected[n])
