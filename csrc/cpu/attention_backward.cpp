@@ -357,8 +357,9 @@ static void key_tile(const AttentionBackwardParams& p, const Plan& plan, const S
 
       gemm_before_bias(rows, keys, depth<T>(dim_qk), query.a.ptr, query.a.ld, s.key_t + left, kTileN, s.p, kTileN,
                        position ? TensorRef{} : p.bias, b, h, i0 + top, rows, j0 + left, keys);
-      gemm<Layout::kRows>(rows, keys, depth<T>(dim_v), grad_out.a.ptr, grad_out.a.ld, s.value_t + left, kTileN, s.ds, kTileN,
-                          false);
+      // The bias gradient of a batch or head after the first has left L2 since: it is asked for as the bias is.
+      gemm_before_bias(rows, keys, depth<T>(dim_v), grad_out.a.ptr, grad_out.a.ld, s.value_t + left, kTileN, s.ds, kTileN,
+                       alone || position ? TensorRef{} : p.grad_bias, b, h, i0 + top, rows, j0 + left, keys);
 
       const T *const shift = s.shift + g * p.len_q + i0 + top, *const delta = s.delta + g * p.len_q + i0 + top;
       terms.first_bit = left;
