@@ -281,8 +281,10 @@ void run(const AttentionBackwardParams& p, const Problem& problem) {
 
 }  // namespace
 
+// With few heads the tiles of the other kernels fill the GPU better.
 bool is_short(const AttentionBackwardParams& p) {
-  return max64(p.len_q, p.len_k) <= kRows && max64(p.dim_qk, p.dim_v) <= kHeadDim && p.heads_q == p.heads_kv;
+  return max64(p.len_q, p.len_k) <= kRows && max64(p.dim_qk, p.dim_v) <= kHeadDim && p.heads_q == p.heads_kv &&
+         p.batch * p.heads_q >= device_info().multiprocessors;
 }
 
 void run_short(const AttentionBackwardParams& p, const Problem& problem) {

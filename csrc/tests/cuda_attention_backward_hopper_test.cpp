@@ -286,9 +286,9 @@ class Problem {
 
 void test_dense() {
   const Shape shapes[] = {{1, 1, 1, 128, 128, 64, 64}, {2, 1, 2, 130, 197, 64, 64},  {1, 2, 2, 65, 129, 128, 128},
-                          {1, 1, 1, 1, 1, 8, 8},       {1, 1, 3, 63, 300, 128, 128}, {1, 2, 1, 259, 64, 40, 40},
+                          {4, 1, 1, 1, 1, 8, 8},       {1, 1, 3, 63, 300, 128, 128}, {1, 2, 1, 259, 64, 40, 40},
                           {1, 1, 2, 17, 130, 96, 59},  {1, 1, 1, 70, 70, 3, 80},     {2, 2, 1, 256, 256, 64, 64},
-                          {1, 1, 1, 190, 70, 40, 59}};
+                          {2, 2, 1, 190, 70, 40, 59}};
   uint64_t seed = 100;
   for (const Shape& shape : shapes)
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
@@ -299,12 +299,13 @@ void test_dense() {
 
 void test_masks() {
   uint64_t seed = 200;
-  // The last one has a kernel of its own: a block for a whole head.
-  const Shape shapes[] = {{1, 1, 2, 150, 261, 64, 64}, {1, 1, 1, 150, 261, 128, 128}, {1, 2, 1, 197, 230, 64, 64}};
-  for (Shape shape : shapes)
+  // The last one has a kernel of its own, a block for a whole head, as there are as many heads as multiprocessors.
+  const Shape shapes[] = {{1, 1, 2, 150, 261, 64, 64}, {1, 1, 1, 150, 261, 128, 128}, {2, 2, 1, 197, 230, 64, 64}};
+  for (const Shape& given : shapes)
     for (int kind = 0; kind < 10; ++kind) {
+      Shape shape = given;
+      if (kind >= 3 && kind <= 6) shape.batch = 2;
       const DType dtype = (kind + shape.dim_v / 64) % 2 ? DType::kBFloat16 : DType::kFloat16;
-      shape.batch = kind >= 3 && kind <= 6 ? 2 : 1;
       Problem problem(dtype, shape, seed++);
       MaskParams& mask = problem.p.mask;
       if (kind == 0) mask.band_high = 0;
