@@ -297,34 +297,20 @@ def _flex(case: AttentionCase, x: AttentionInputs) -> Made:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    keep = None if x.make_keep is None else x.make_keep()
     block_mask: BlockMask | None = None
     bias = x.bias
 
     def prepare() -> None:
         nonlocal block_mask
-        assert keep is not None
-        dense = keep.reshape((1,) * (4 - keep.dim()) + keep.shape)
-        # Size-1 dimensions are read at 0: the mask function must not index a broadcast dimension.
-        batch, heads, rows, columns = (size > 1 for size in dense.shape)
-
-        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return dense[b * batch, h * heads, i * rows, j * columns]
-
-        block_mask = create_block_mask(
-            mask_mod,
-            case.batch if batch else None,
-            case.heads_q if heads else None,
-            case.len_q,
-            case.len_k,
-            device=case.device,
-        )
+        assert x.mask_mod is not None
+        batch = case.batch if x.mask_of_batch else None
+        block_mask = create_block_mask(x.mask_mod, batch, None, case.len_q, case.len_k, device=case.device)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         assert bias is not None
-        return score + bias[0, h, i, j]
+        return score + bias[b if bias.shape[0] > 1 else 0, h if bias.shape[1] > 1 else 0, i, j]
 
-    if keep is not None:
+    if x.mask_mod is not None:
         prepare()
 
     def forward() -> Tensor:
@@ -339,7 +325,7 @@ def _flex(case: AttentionCase, x: AttentionInputs) -> Made:
         assert isinstance(out, Tensor)
         return out
 
-    return forward, None if keep is None else prepare
+    return forward, None if x.mask_mod is None else prepare
 
 
 def attention_contenders(device: str) -> list[Contender]:

@@ -287,6 +287,9 @@ class AttentionInputs:
     is_causal: bool = False
     given_dense: bool = False
     band: tuple[int, int] | None = None  # i - left <= j <= i + right, where that is the whole mask
+    # The mask as FlexAttention takes it, of a batch element, a head, a query and a key; whether batch elements differ.
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+    mask_of_batch: bool = False
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -327,6 +330,7 @@ def attention_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
         inputs.band = (L, 0)
         inputs.make_keep = lambda: within(L, 0)
         inputs.make_mask = Mask.causal
+        inputs.mask_mod = lambda b, h, i, j: j <= i
     elif case.mask == "window":  # S / 16 keys about the diagonal
         left, right = max(1, S // 32), max(0, S // 32 - 1)
         if case.window is not None:
@@ -334,25 +338,30 @@ def attention_inputs(case: AttentionCase, seed: int = 0) -> AttentionInputs:
         inputs.band = (left, right)
         inputs.make_keep = lambda: within(left, right)
         inputs.make_mask = lambda: Mask.window(left, right)
+        inputs.mask_mod = lambda b, h, i, j: (j >= i - left) & (j <= i + right)
     elif case.mask == "padded":  # the last of the keys are padding
         lengths = torch.full((B,), max(1, int(S * case.live)), device=device)
         inputs.make_keep = lambda: (torch.arange(S, device=device) < lengths[:, None])[:, None, None, :]
         inputs.make_mask = lambda: Mask.key_lengths(lengths)
+        inputs.mask_mod, inputs.mask_of_batch = lambda b, h, i, j: j < lengths[b], True
     elif case.mask == RANDOM_KEYS:
         live = _random(B, S, generator).to(device)
         inputs.make_keep = lambda: live[:, None, None, :]
         inputs.make_mask = lambda: Mask.key_padding(live)
+        inputs.mask_mod, inputs.mask_of_batch = lambda b, h, i, j: live[b, j], True
     elif case.mask == "segments":  # eight documents in a row
         queries = _documents(L, min(8, L, S), B, device, generator)
         keys = queries if L == S else _documents(S, min(8, L, S), B, device, generator)
         inputs.make_keep = lambda: queries[:, None, :, None] == keys[:, None, None, :]
         inputs.make_mask = lambda: Mask.segments(queries, keys)
+        inputs.mask_mod, inputs.mask_of_batch = lambda b, h, i, j: queries[b, i] == keys[b, j], True
     elif case.mask in ("random", "block-sparse"):
         keep = _random(L, S, generator) if case.mask == "random" else _block_sparse(L, S, generator)
         keep = keep.to(device)
         inputs.given_dense = True
         inputs.make_keep = lambda: keep
         inputs.make_mask = lambda: Mask.dense(keep)
+        inputs.mask_mod = lambda b, h, i, j: keep[i, j]
     elif case.mask in BIASES:
         each_batch, each_head = BIASES[case.mask]
         inputs.bias = normal(B if each_batch else 1, Hq if each_head else 1, L, S).requires_grad_(case.backward)

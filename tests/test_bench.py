@@ -140,13 +140,16 @@ def test_contenders_are_interleaved_and_disturbed_rounds_made_up_for(monkeypatch
 # Workloads ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", ["causal", "window", "padded", "random", "block-sparse", "segments"])
+@pytest.mark.parametrize("mask", ["causal", "window", "padded", w.RANDOM_KEYS, "random", "block-sparse", "segments"])
 @pytest.mark.parametrize("lengths", [(96, 96), (33, 70)])
 def test_our_mask_means_what_the_peers_are_given(mask: str, lengths: tuple[int, int]):
     case = replace(TINY, batch=2, len_q=lengths[0], len_k=lengths[1], mask=mask)
     inputs = w.attention_inputs(case)
     keep = inputs.make_keep().expand(2, 2, *lengths)
     assert torch.equal(inputs.make_mask().to_dense(2, 2, *lengths), keep)
+    b, i, j = torch.arange(2)[:, None, None], torch.arange(lengths[0])[:, None], torch.arange(lengths[1])
+    for_flex = inputs.mask_mod(b if inputs.mask_of_batch else torch.zeros_like(b), torch.zeros_like(b), i, j)
+    assert torch.equal(for_flex.expand(2, *lengths), keep[:, 0])
     assert w.attending_pairs(case, inputs) == int(keep.sum())
     assert 0 < int(keep.sum()) < keep.numel()
     assert w.executed_pairs(case, inputs) == w.executed_pairs(case, replace(inputs, band=None))
