@@ -52,6 +52,12 @@ def test_blocks_of_tokens():
         assert_right(75, 20, 33)
 
 
+def test_splits_end_with_their_block():
+    # Three splits of 288 tokens in a block of 832, and more tokens than that count.
+    with mock.patch.object(backend, "_BLOCK_TOKENS", 832):
+        assert_right(750, 3, 2)
+
+
 @pytest.mark.slow
 def test_splits_of_the_tokens():
     assert_right(400, 40, 70)

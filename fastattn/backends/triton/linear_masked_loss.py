@@ -203,7 +203,8 @@ def linear_loss_weight_kernel(
     stride_h,
     tokens_per_sample,
     first,
-    split_tokens,  # of a split, a multiple of BLOCK_K
+    length,  # of the block
+    split_tokens,  # of a split, a multiple of BLOCK_K; the last one is cut off at the end of the block
     dim_in,
     dim_out,
     ADD: tl.constexpr,  # to what the blocks before have left
@@ -220,7 +221,8 @@ def linear_loss_weight_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     begin = split * split_tokens
-    for start in range(begin, tl.minimum(begin + split_tokens, count - first), BLOCK_K):
+    end = tl.minimum(tl.minimum(begin + split_tokens, length), count - first)
+    for start in range(begin, end, BLOCK_K):
         rows = start + tl.arange(0, BLOCK_K)
         token, valid = _load_tokens(index_ptr, first + rows, count)
         inside_s = valid[:, None] & (features < dim_out)[None, :]
@@ -324,7 +326,7 @@ def linear_masked_loss(
             if of_weight is not None or of_bias is not None:
                 linear_loss_weight_kernel[(rows_out, max(tiles_in, 1), splits)](
                     *(slopes, hidden, index, count, weight_parts, bias_parts, stride_h, hidden.shape[1], first),
-                    *(split_tokens, dim_in, dim_out, first > 0),
+                    *(length, split_tokens, dim_in, dim_out, first > 0),
                     **of_larger,
                     PRECISION=precision_slopes,
                 )
