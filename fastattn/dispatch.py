@@ -68,8 +68,8 @@ def _cuda_why_not(problem: Problem) -> list[str]:
         if problem.device != "cpu":
             reasons.append("its kernels are emulated (FASTATTN_CUDA_LIBRARY), which takes CPU tensors")
     elif problem.device == "cuda":
-        reasons.extend(_capability_reasons())
         capability = _cuda_capability()
+        reasons.extend(_capability_reasons(capability))
         if capability is not None and capability >= MIN_CAPABILITY and not _has_code_for(capability):
             built = ", ".join(f"{each // 10}.{each % 10}" for each in CUDA_ARCHITECTURES)
             reasons.append(f"it was built for capability {built}, this GPU has {capability[0]}.{capability[1]}")
@@ -96,7 +96,7 @@ def _triton_why_not(problem: Problem) -> list[str]:
     if TRITON_FAILURE is not None:
         reasons.append(TRITON_FAILURE)
     if problem.device == "cuda":
-        reasons.extend(_capability_reasons())
+        reasons.extend(_capability_reasons(_cuda_capability()))
         if TRITON_INTERPRETED:
             reasons.append("Triton's interpreter is on (TRITON_INTERPRET=1), which takes CPU tensors")
     elif problem.device != "cpu" or not TRITON_INTERPRETED:
@@ -106,8 +106,7 @@ def _triton_why_not(problem: Problem) -> list[str]:
     return reasons + _gpu_kernel_reasons(problem)
 
 
-def _capability_reasons() -> list[str]:
-    capability = _cuda_capability()
+def _capability_reasons(capability: tuple[int, int] | None) -> list[str]:
     if capability is None:
         return ["torch sees no CUDA device"]
     if capability < MIN_CAPABILITY:
@@ -125,9 +124,19 @@ def _gpu_kernel_reasons(problem: Problem) -> list[str]:
 
 
 def _cuda_capability() -> tuple[int, int] | None:
+    """That of the current device; None where torch sees no device."""
+    # torch takes longer over these two questions than the rest of a call takes; torch.compile asks once.
+    if not torch.compiler.is_compiling() and torch.cuda.is_initialized():
+        return _capability_of(torch.cuda.current_device())
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties()  # unlike get_device_capability a constant to torch.compile
+    return properties.major, properties.minor
+
+
+@cache
+def _capability_of(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 

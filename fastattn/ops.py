@@ -384,18 +384,22 @@ def _save(ctx: Any, values: Sequence[Any]) -> None:
     # Only tensors go through save_for_backward, which keeps hooks and checkpointing working; a gradient that nobody
     # uses stays None.
     ctx.set_materialize_grads(False)
-    is_tensor = [isinstance(x, Tensor) for x in values]
-    tensors = [x for x, held in zip(values, is_tensor, strict=True) if held]
+    others = list(values)
+    places = [n for n, x in enumerate(values) if isinstance(x, Tensor)]
+    tensors = [values[n] for n in places]
+    for n in places:
+        others[n] = None
     ctx.save_for_backward(*tensors)
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*tensors)
-    ctx.is_tensor = is_tensor
-    ctx.others = [None if held else x for x, held in zip(values, is_tensor, strict=True)]
+    ctx.places, ctx.others = places, others
 
 
 def _saved(ctx: Any) -> list[Any]:
-    following = iter(ctx.saved_tensors)
-    return [next(following) if held else x for held, x in zip(ctx.is_tensor, ctx.others, strict=True)]
+    values = list(ctx.others)
+    for n, tensor in zip(ctx.places, ctx.saved_tensors, strict=True):
+        values[n] = tensor
+    return values
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -1296,6 +1300,24 @@ def _is_watched() -> bool:
     )
 
 
+# Loops, which cost half of what any() and all() over a generator do.
+
+
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    # The numbers of a lazy negation, such as x.conj().imag, are not those in memory: the operator resolves it.
+    for x in tensors:
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return False
+    return True
+
+
+def _any_requires_grad(tensors: Sequence[Tensor | None]) -> bool:
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return False
+
+
 def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable | None = None) -> Callable:
     """The operator as a function; its first `num_tensors` arguments are the tensors that may need a gradient.
 
@@ -1309,8 +1331,13 @@ def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable
     in_backward = name.endswith(("_backward", "_jvp"))
 
     class Function(torch.autograd.Function):
+        """Takes what follows the tensors as one tuple, as torch spends time on every argument. `gradients` returns a
+        None for each part of it; torch drops those beyond the arguments."""
+
         @staticmethod
-        def forward(ctx: Any, *arguments: Any) -> Any:
+        def forward(ctx: Any, *tensors_and_rest: Any) -> Any:
+            *tensors, rest = tensors_and_rest
+            arguments = (*tensors, *rest)
             output = kernel(*arguments)
             setup(ctx, arguments, output)
             return output
@@ -1337,8 +1364,8 @@ def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable
     Function.__name__ = Function.__qualname__ = Transformed.__name__ = Transformed.__qualname__ = f"fastattn_{name}"
 
     def run(arguments: Sequence[Any]) -> Any:
-        needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:num_tensors])
-        return Function.apply(*arguments) if needs_grad else kernel(*arguments)
+        needs_grad = torch.is_grad_enabled() and _any_requires_grad(arguments[:num_tensors])
+        return Function.apply(*arguments[:num_tensors], arguments[num_tensors:]) if needs_grad else kernel(*arguments)
 
     def transform(arguments: Sequence[Any]) -> Any:
         if torch.compiler.is_compiling():  # a frame that torch.compile entered on its own, below one that was refused
@@ -1364,8 +1391,7 @@ def _call(name: str, num_tensors: int, anchor: int = 0, differentiable: Callable
                 return without_autocast(transform, arguments)
         if (
             _is_watched()
-            # The numbers of a lazy negation, such as x.conj().imag, are not those in memory: the operator resolves it.
-            or not all(x is None or (type(x) in _PLAIN and not x.is_neg()) for x in tensors)
+            or not _are_plain(tensors)
             or tensors[anchor].is_meta
             or (in_backward and not all(x is None or torch._C._has_storage(x) for x in tensors))
         ):

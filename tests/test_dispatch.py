@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastattn
 from fastattn import dispatch
+from fastattn.backends import native
 from fastattn.dispatch import Problem
 
 PROBLEM = Problem("attention", "cpu", torch.float32, 64)
@@ -254,3 +256,63 @@ def test_a_missing_library_is_a_reason_and_not_an_error():
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("8.0\nattention: reference")
     assert "the native library is not there" in result.stdout
+
+
+# What a call on a GPU asks torch --------------------------------------------------------------------------------------
+
+
+def test_the_capability_is_asked_for_once_a_device(monkeypatch):
+    current, asked = [0], []
+    capabilities = [(9, 0), (7, 5)]
+
+    def properties(device):
+        asked.append(device)
+        return SimpleNamespace(major=capabilities[device][0], minor=capabilities[device][1])
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    dispatch._capability_of.cache_clear()
+    try:
+        for device in (0, 1, 1, 0):
+            current[0] = device
+            assert dispatch._cuda_capability() == capabilities[device]
+    finally:
+        dispatch._capability_of.cache_clear()
+    assert asked == [0, 1]
+
+
+def test_no_gpu_is_started_to_learn_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("starts CUDA"))
+    assert dispatch._cuda_capability() is None
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.device = tensor.get_device()
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *error):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    operation = native._on_its_device(lambda tensors, *rest: (tuple(entered), rest))
+    on = [SimpleNamespace(is_cuda=True, get_device=lambda device=device: device) for device in (0, 1)]
+    assert operation(on[:1], 5) == ((0,), (5,))
+    assert entered == [0, "left"]
+    entered.clear()
+    assert operation(on[1:], 5) == ((), (5,))
+
+
+def test_the_stream_is_that_of_the_current_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+    assert native.CudaLibrary._executor() == 101

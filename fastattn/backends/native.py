@@ -314,7 +314,8 @@ class Library(ABC):
     ) -> tuple[Tensor, Tensor]:
         """out (B, Hq, L, Dv) over memory (B, L, Hq, Dv), and lse (B, Hq, L) of the undropped scores."""
         B, Hq, L, _ = query.shape
-        out = query.new_empty((B, L, Hq, value.shape[3])).transpose(1, 2)
+        Dv = value.shape[3]
+        out = query.new_empty_strided((B, Hq, L, Dv), (L * Hq * Dv, Dv, Hq * Dv, 1))
         lse = query.new_empty((B, Hq, L), dtype=_accumulation_dtype(query.dtype))
         shared = self._shared(query, key, value, bias, mask, scale, dropout_p, dropout_seed, lse)
         _run(self._module.AttentionForward(*shared, _ref(out)), query)
@@ -809,7 +810,8 @@ class CudaLibrary(Library):
 
     @staticmethod
     def _executor() -> int:
-        return torch.cuda.current_stream().cuda_stream
+        # The number in torch.cuda.current_stream().cuda_stream, without the object, as Triton's launcher gets it.
+        return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())
 
     def _check_device(self, name: str, tensor: Tensor) -> None:
         super()._check_device(name, tensor)
@@ -853,7 +855,10 @@ def _on_its_device(operation: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(operation)
     def run(first: Tensor | list[Tensor], *rest: Any, **named: Any) -> Any:
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+        tensor = first if isinstance(first, Tensor) else first[0]
+        if tensor.is_cuda and tensor.get_device() == torch.cuda.current_device():  # no object where it is already
+            return operation(first, *rest, **named)
+        with torch.cuda.device_of(tensor):
             return operation(first, *rest, **named)
 
     return run
