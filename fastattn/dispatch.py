@@ -179,6 +179,8 @@ def _failure(backend: str) -> str | None:
 # plain data.
 NATIVE_FAILURE: str | None = _failure("cpu")
 CUDA_FAILURE: str | None = _failure("cuda")
+# Whether the CPU kernels multiply pairs of bfloat16 numbers at the instruction level in use.
+CPU_MULTIPLIES_PAIRS: bool = NATIVE_FAILURE is None and native.library("cpu").info()["level"] == "avx512bf16"
 CUDA_EMULATED: bool = CUDA_FAILURE is None and isinstance(native.library("cuda"), native.EmulatedCudaLibrary)
 CUDA_ARCHITECTURES: tuple[int, ...] = () if CUDA_FAILURE else tuple(native.library("cuda").info()["architectures"])
 # Triton itself is imported when a kernel first runs: it takes longer than all of fastattn.

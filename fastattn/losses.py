@@ -279,15 +279,16 @@ def _linear_masked_loss(
 def fuses_head(hidden: Tensor) -> bool:
     """Whether the fused head is the faster one on tensors like `hidden`: a kernel of it runs, not its plain formula.
 
-    On a CPU not in 16 bits, where torch's linear has instructions that the kernel does not use. On a GPU never: two of
-    the kernel's three products are of float32 slopes, at a sixth of the speed of 16 bits at the most, and float32 does
-    not reach that of cuBLAS; that only 0.6 of the tokens count makes up for neither. There the fused head saves memory.
+    On a CPU not in 16 bits, unless the kernel multiplies pairs of bfloat16 numbers as torch's linear does. On a GPU
+    never: two of the kernel's three products are of float32 slopes, at a sixth of the speed of 16 bits at the most, and
+    float32 does not reach that of cuBLAS; that only 0.6 of the tokens count makes up for neither. There the fused head
+    saves memory.
     """
     device = hidden.device.type
     if device == "cuda":
         return False
     dtype = ops.computed_dtype(hidden)
-    if device == "cpu" and dtype not in (torch.float32, torch.float64):
+    if device == "cpu" and dtype.itemsize == 2 and not (dtype == torch.bfloat16 and dispatch.CPU_MULTIPLIES_PAIRS):
         return False
     return dispatch.has_kernel(Problem("linear_masked_loss", device, dtype))
 

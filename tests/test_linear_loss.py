@@ -358,6 +358,8 @@ def test_where_the_fused_head_is_the_faster_one():
     with FakeTensorMode():
         on_cpu, on_gpu = (torch.empty(2, 3, 4, device=device) for device in ("cpu", "cuda"))
         assert fuses_head(on_cpu) == (dispatch.NATIVE_FAILURE is None or dispatch.TRITON_INTERPRETED)
+        assert fuses_head(on_cpu.bfloat16()) == dispatch.CPU_MULTIPLIES_PAIRS
+        assert not fuses_head(on_cpu.half())
         assert not fuses_head(on_gpu)
 
 

@@ -43,16 +43,14 @@ class Unsupported(Exception):
     """The target does not take this problem."""
 
 
+def level_multiplies_pairs(dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels multiply pairs of numbers of this dtype at the instruction level in use."""
+    return dtype == torch.bfloat16 and dispatch.CPU_MULTIPLIES_PAIRS
+
+
 def multiplies_pairs(case: Case) -> bool:
     """Whether the CPU kernels multiply pairs of bfloat16 numbers for a problem like this. Decoding does not."""
     return case.len_q > 8 and level_multiplies_pairs(case.dtype)
-
-
-def level_multiplies_pairs(dtype: torch.dtype) -> bool:
-    """Whether the CPU kernels multiply pairs of bfloat16 numbers at the instruction level in use."""
-    if dtype != torch.bfloat16 or dispatch.NATIVE_FAILURE is not None:
-        return False
-    return bool(dispatch.load("cpu").info()["level"] == "avx512bf16")
 
 
 @dataclass(frozen=True)
