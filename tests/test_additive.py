@@ -171,12 +171,20 @@ def test_sizes_of_zero(backend):
 
 
 @pytest.mark.skipif(dispatch.NATIVE_FAILURE is not None, reason="the compiled library is not there")
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_no_value(threads):
-    inputs = [x.float().requires_grad_() for x in tensors(1, 130, 300, 24, 8)]
+def test_threads_change_no_value(threads, masked, large):
+    """A large query or key takes another formula: how many others share it must not depend on the threads."""
+    inputs = [x.float() for x in tensors(1, 700, 300, 24, 8)]
+    if large:
+        inputs[0][:, 40] *= 12
+        inputs[1][:, 100] *= 12
+    inputs = [x.requires_grad_() for x in inputs]
+    mask = Mask.causal() if masked else None
 
     def run():
-        out = additive_attention(*inputs, mask=Mask.causal("bottom_right"), backend="cpu")
+        out = additive_attention(*inputs, mask=mask, backend="cpu")
         return out, *torch.autograd.grad(out.square().sum(), inputs)
 
     before, expected = torch.get_num_threads(), run()

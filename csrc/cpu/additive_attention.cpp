@@ -8,7 +8,8 @@
 // of the reciprocal with a step of Newton's. A score is summed in chunks of 32 features, sum w - 2 sum w r each, so that what
 // cancels is small; a chunk of the key tile, twice [32, 64], stays in L1 while all queries pass.
 //
-// Three paths, chosen for each pair of tiles by their largest |q| and |k|:
+// Three paths, chosen by the largest |q| and |k|, in the forward for kRowBlock queries and a tile of keys, in the backward for each pair
+// of tiles:
 //   plain     every x is between 2^-29 and 2^30, so that the products of four are numbers of the type;
 //   wide      the products of two are, and two features share a division;
 //   direct    beyond that: e^(2 (q + k)) for each pair, cut off at 2^60, where 2 r is far below what the type tells from 0.
@@ -328,6 +329,50 @@ struct SubTile {
   T *query, *out, *row_max, *row_sum;
 };
 
+// Largest |x| of a row, NaN apart. `row` is scratch, [ld].
+template <typename T>
+static T row_largest(const TensorRef& x, int64_t b, int64_t i, int64_t dim, T* row, int64_t ld) {
+  convert_row(row, row_at(x, b, i), x.dtype, static_cast<int>(dim), static_cast<int>(ld));
+  T largest = T(0);
+  for (int64_t d = 0; d < dim; ++d) largest = std::fabs(row[d]) > largest ? std::fabs(row[d]) : largest;
+  return largest;
+}
+
+// The scores of a pair of tiles that the plain path may not take as a whole. Each kRowBlock queries choose by themselves and the keys
+// that they attend to: a choice for all of the item would depend on its size, hence on the number of threads.
+template <typename T>
+static void score_large(const AdditiveAttentionForwardParams& p, const Scratch<T>& s, const Weights<T>& weights,
+                        const SubTile<T>& sub, const TileMask& mask, int64_t b, int64_t j0, int keys, KeyTile<T>& key, int begin,
+                        int end) {
+  T largest_key[kTileN];
+  for (int j = 0; j < keys; ++j)
+    largest_key[j] = key.dead >> j & 1 ? T(0) : row_largest(p.key, b, j0 + j, p.features, s.staging, s.ld);
+  Path paths[kTileM / kRowBlock];
+  for (int r = 0; r < sub.rows; r += kRowBlock) {
+    uint64_t columns = 0;
+    T largest_query = T(0), largest = T(0);
+    for (int i = r; i < r + kRowBlock && i < sub.rows; ++i) {
+      columns |= mask.tile_class == TileClass::kPartial ? mask.rows[i] : bits_before(keys, 0);
+      const T of_row = row_largest(p.query, b, sub.i0 + i, p.features, s.staging, s.ld);
+      largest_query = of_row > largest_query ? of_row : largest_query;
+    }
+    for (int j = 0; j < keys; ++j)
+      if (columns >> j & 1 && largest_key[j] > largest) largest = largest_key[j];
+    paths[r / kRowBlock] = choose_path(largest_query, largest);
+  }
+  copy_rows(s.direct_query, s.ld, p.query, b, sub.i0, sub.rows, p.features, 0);
+  for (int pass = 0; pass < 2; ++pass) {  // so that the keys change their form once
+    const bool direct = pass == 1;
+    for (int r = 0; r < sub.rows; r += kRowBlock) {
+      const Path path = paths[r / kRowBlock];
+      if ((path == Path::kDirect) != direct) continue;
+      fit_key_tile(key, path, weights, p, b, j0, keys, s.staging);
+      score_tile(path, weights, (direct ? s.direct_query : sub.query) + r * s.ld, sub.rows - r < kRowBlock ? sub.rows - r : kRowBlock,
+                 key, begin, end, s.scores + r * kTileN);
+    }
+  }
+}
+
 template <typename T>
 static void run_item(const AdditiveAttentionForwardParams& p, const Plan& plan, const Scratch<T>& s, const Weights<T>& weights,
                      int64_t item) {
@@ -374,14 +419,12 @@ static void run_item(const AdditiveAttentionForwardParams& p, const Plan& plan, 
       if (mask.tile_class == TileClass::kEmpty) continue;
       const bool partial = mask.tile_class == TileClass::kPartial;
       const int begin = first_bit(mask.columns) / W * W, end = end_bit(mask.columns);
-      const Path path = choose_path(sub.largest, key.largest);
-      const T* query = sub.query;
-      if (path == Path::kDirect) {
-        copy_rows(s.direct_query, s.ld, p.query, b, sub.i0, sub.rows, p.features, 0);
-        query = s.direct_query;
+      if (choose_path(sub.largest, key.largest) == Path::kPlain) {
+        fit_key_tile(key, Path::kPlain, weights, p, b, j0, keys, s.staging);
+        score_tile(Path::kPlain, weights, sub.query, sub.rows, key, begin, end, s.scores);
+      } else {
+        score_large(p, s, weights, sub, mask, b, j0, keys, key, begin, end);
       }
-      fit_key_tile(key, path, weights, p, b, j0, keys, s.staging);
-      score_tile(path, weights, query, sub.rows, key, begin, end, s.scores);
       for (int r = 0; r < sub.rows; ++r) {
         const uint64_t allowed = partial ? mask.rows[r] : bits_before(end, 0);
         softmax_row(s.scores + r * kTileN + begin, end - begin, sub.row_max + r, sub.row_sum + r, s.rescale + r, T(1),
