@@ -1480,10 +1480,10 @@ def mask_tiles(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_
 
 
 def _save_direct(ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, solved: tuple[Any, ...]) -> Any:
-    out, lse, mask, parts, scale, dropout_p, dropout_seed = solved
+    out, lse, mask, parts, scale, dropout_p, dropout_seed, backend = solved
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(bias, out, lse, dropout_seed, *inputs, *parts)
-    ctx.problem = mask, scale, dropout_p
+    ctx.problem = mask, scale, dropout_p, backend
     return out, lse
 
 
@@ -1492,7 +1492,7 @@ def _direct_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
     if grad_out is None and grad_lse is None:
         return (None,) * len(needs)
     bias, out, lse, dropout_seed, *saved = ctx.saved_tensors
-    mask, scale, dropout_p = ctx.problem
+    mask, scale, dropout_p, backend = ctx.problem
     inputs, parts = (saved[:1], saved[1:]) if packed else (saved[:3], saved[3:])
     query, key, value = _split(*inputs) if packed else inputs
     if grad_out is None:
@@ -1501,16 +1501,20 @@ def _direct_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
         (mask,) = parts  # the bool tensor itself
     elif parts:
         band, blocks = mask
-        mask = unflatten_mask((band, *parts, *blocks), query.shape[2], key.shape[2], "cpu")
+        mask = unflatten_mask((band, *parts, *blocks), query.shape[2], key.shape[2], backend)
     gradients: Sequence[Tensor] = ()
     of_bias = None
     if not (torch.is_grad_enabled() or _is_transformed() or _is_watched()):
         gradients = [torch.empty_like(x) for x in inputs]
-        of_bias = dispatch.load("cpu").attention_backward_direct(
+        arguments = (
             *(grad_out, grad_lse, query, key, value, out, lse, bias, mask, scale, dropout_p, dropout_seed),
             *(_split(*gradients) if packed else gradients),
             needs[-2],
         )
+        if backend == "cpu":
+            of_bias = dispatch.load("cpu").attention_backward_direct(*arguments)
+        elif _are_in_memory((grad_out, grad_lse)):
+            of_bias = (dispatch.load("cuda").attention_backward(*arguments),)
     if of_bias is None:
         if isinstance(mask, Tensor):
             (batch, heads, len_q, _), len_k = query.shape, key.shape[2]
@@ -1518,7 +1522,7 @@ def _direct_gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
         operator = attention_packed_backward if packed else attention_backward
         *gradients, grad_bias = operator(
             *(grad_out, grad_lse, *inputs, out, lse, bias, *flatten_mask(mask), scale, dropout_p, dropout_seed),
-            *("cpu", needs[-2]),
+            *(backend, needs[-2]),
         )
         of_bias = (grad_bias,)
     return *(x if need else None for x, need in zip((*gradients, *of_bias), needs, strict=False)), None
@@ -1561,19 +1565,20 @@ def direct_attention(
     need_lse: bool,
     qkv: Tensor | None = None,
 ) -> tuple[Tensor, Any] | None:
-    """`attention` straight to the CPU kernel, where these tensors go to it and nobody would see the difference. None
-    elsewhere, also for arguments that are wrong: they are as the public function got them. lse may be None unless
+    """`attention` straight to the CPU or CUDA kernel, where these tensors go to it and nobody would see the difference.
+    None elsewhere, also for arguments that are wrong: they are as the public function got them. lse may be None unless
     `need_lse`. qkv: what query, key and value are views of that know of no gradient; it gets the gradient."""
     if (
         torch.compiler.is_compiling()
         or not (type(query) in _PLAIN and type(key) in _PLAIN and type(value) in _PLAIN)
         or not (bias is None or (type(bias) in _PLAIN and not bias.is_neg()))
-        or not query.is_cpu
-        or backend is not None
-        or not dispatch.chooses_cpu()
+        or not (
+            (by_cuda := _may_go_to_cuda(query, backend))
+            or (query.is_cpu and backend is None and dispatch.chooses_cpu())
+        )
         or not (scale is None or (type(scale) is float and -math.inf < scale < math.inf))
         or type(dropout_p) is not float
-        or not (dropout_p == 0.0 or (0.0 < dropout_p < 1.0 and _is_seed(dropout_seed)))
+        or not (dropout_p == 0.0 or (0.0 < dropout_p < 1.0 and _is_seed(dropout_seed, query)))
         or _is_watched()
         or _is_transformed()
         or torch._C._is_any_autocast_enabled()
@@ -1586,12 +1591,14 @@ def direct_attention(
         or (bias is not None and bias.requires_grad)
         or (qkv is not None and qkv.requires_grad)
     )
+    if by_cuda and not _fits_cuda(query, key, value, bias, backend):
+        return None
     held = False  # whether the mask has tensors
     if mask is not None:
-        if type(mask) is Tensor and needs_grad:
+        if type(mask) is Tensor and (needs_grad or by_cuda):
             if mask.dtype != torch.bool or mask.dim() > 4 or mask.layout is not torch.strided or mask.is_nested:
                 return None
-            if mask.numel() > _PACKED_AGAIN or not mask.is_contiguous():
+            if by_cuda or mask.numel() > _PACKED_AGAIN or not mask.is_contiguous():
                 mask = Mask.dense(mask)
         if type(mask) is Mask:
             form = mask.band_form
@@ -1599,8 +1606,10 @@ def direct_attention(
                 if query.dim() != 4 or key.dim() != 4 or query.is_nested or key.is_nested:
                     return None
                 (batch, heads, len_q, _), len_k = query.shape, key.shape[2]
+                tile = dispatch.BACKENDS["cuda" if by_cuda else "cpu"].tile
+                build = _cuda_tiles if by_cuda else _cpu_tiles
                 try:
-                    form = mask.kernel_form(batch, heads, len_q, len_k, query.device, build=_cpu_tiles)
+                    form = mask.kernel_form(batch, heads, len_q, len_k, query.device, *tile, build=build)
                 except ValueError:  # which the public function raises once more, after looking at the rest
                     return None
                 held = True
@@ -1608,10 +1617,23 @@ def direct_attention(
         elif type(mask) is not Tensor:
             return None
     need_lse = need_lse or needs_grad
+    if by_cuda:
+        if bias is not None and bias.dim() < 4:
+            bias = bias[(None,) * (4 - bias.dim())]
+        if scale is None:
+            scale = query.shape[3] ** -0.5 if query.shape[3] else 1.0
     try:
-        solved = dispatch.load("cpu").attention_direct(
-            query, key, value, bias, mask, scale, dropout_p, dropout_seed, need_lse
+        solved = (
+            dispatch.load("cuda").attention_forward(query, key, value, bias, mask, scale, dropout_p, dropout_seed)
+            if by_cuda
+            else dispatch.load("cpu").attention_direct(
+                query, key, value, bias, mask, scale, dropout_p, dropout_seed, need_lse
+            )
         )
+    except (TypeError, ValueError):  # of the CUDA library before it launches: the public function names the argument
+        if by_cuda:
+            return None
+        raise
     except RuntimeError:
         # torch's, that a sparse or quantized tensor cannot have strides and a nested one has no shape, becomes the
         # public function's own. To ask first would cost every call.
@@ -1630,7 +1652,7 @@ def direct_attention(
         mask = band, (block_m, block_n)
     elif type(mask) is Tensor:
         mask, parts = None, (mask.clone(),)  # as it is now: a map would not follow it either
-    solved = (*solved, mask, parts, scale, dropout_p, dropout_seed)
+    solved = (*solved, mask, parts, scale, dropout_p, dropout_seed, "cuda" if by_cuda else "cpu")
     if qkv is not None:
         return _DirectAttentionPacked.apply(qkv, bias, solved)
     return _DirectAttention.apply(query, key, value, bias, solved)
@@ -1647,7 +1669,13 @@ def direct_attention_packed(
     need_lse: bool,
 ) -> tuple[Tensor, Any] | None:
     """`direct_attention` for qkv (B, L, 3, H, D)."""
-    if torch.compiler.is_compiling() or type(qkv) is not Tensor or not qkv.is_cpu or _is_watched() or _is_transformed():
+    if (
+        torch.compiler.is_compiling()
+        or type(qkv) is not Tensor
+        or not (qkv.is_cpu or _may_go_to_cuda(qkv, backend))
+        or _is_watched()
+        or _is_transformed()
+    ):
         return None
     views = _split(qkv.detach())
     return direct_attention(*views, mask, bias, dropout_p, scale, dropout_seed, backend, need_lse, qkv)
@@ -1656,12 +1684,51 @@ def direct_attention_packed(
 _PACKED_AGAIN = 2**14  # pairs that the backward packs anew sooner than their tile map is allocated and carried over
 
 
-def _is_seed(seed: Any) -> bool:
-    return type(seed) is Tensor and seed.dtype == torch.int64 and seed.dim() == 0 and seed.is_cpu
+def _is_seed(seed: Any, query: Tensor) -> bool:
+    return type(seed) is Tensor and seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == query.device
+
+
+def _may_go_to_cuda(query: Tensor, backend: Any) -> bool:
+    if dispatch.CUDA_FAILURE is not None:
+        return False
+    named = dispatch._requested if backend is None else backend
+    if query.is_cuda:
+        return named is None or (type(named) is str and named == "cuda")
+    return dispatch.CUDA_EMULATED and query.is_cpu and type(named) is str and named == "cuda"
+
+
+def _fits_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, backend: str | None) -> bool:
+    """Whether the CUDA kernels are chosen and take the tensors as they are, as far as their library does not look
+    itself. The operator copies or refuses all others."""
+    for x in (query, key, value):
+        if x.layout is not torch.strided or x.is_nested or x.dim() != 4 or x.stride(3) != 1 or x.is_neg():
+            return False
+    if not (query.shape[1] and key.shape[1]):
+        return False
+    if bias is not None and (
+        bias.layout is not torch.strided
+        or bias.is_nested
+        or bias.dim() > 4
+        or not (bias.dtype == query.dtype or bias.dtype == torch.float32)
+    ):
+        return False
+    problem = dispatch.Problem("attention", query.device.type, query.dtype, max(query.shape[3], value.shape[3]))
+    try:
+        return dispatch.select(problem, backend) == "cuda"
+    except RuntimeError:
+        return False
+
+
+def _are_in_memory(gradients: Sequence[Tensor | None]) -> bool:
+    return _are_plain(gradients) and all(x is None or torch._C._has_storage(x) for x in gradients)
 
 
 def _cpu_tiles(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> Any:
     return mask_tiles(dense, len_q, len_k, block_m, block_n, "cpu")
+
+
+def _cuda_tiles(dense: list[Tensor], len_q: int, len_k: int, block_m: int, block_n: int) -> Any:
+    return mask_tiles(dense, len_q, len_k, block_m, block_n, "cuda")
 
 
 attention = _call("attention", 4)
