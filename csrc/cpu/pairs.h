@@ -147,12 +147,13 @@ static PairRows gather_pairs(uint32_t* scratch, PairRows src, const int32_t* pos
 }
 
 // dst[r][d] = column d of rows first_row + 2 r and the next, [pairs(rows)][ld], ld a multiple of 16, zero from dim on. Bits of
-// `zero_rows` name rows that count as zeros, whatever they hold.
+// `zero_rows` name rows that count as zeros, whatever they hold; where there are any, there are at most 64 rows.
 static void zip_rows(uint32_t* dst, int64_t ld, PairRows src, int first_row, int rows, int dim, uint64_t zero_rows) {
   const int64_t stride = src.stride;
   const uint16_t* from = static_cast<const uint16_t*>(src.ptr) + first_row * stride;
   for (int r = 0; r < rows; r += 2, from += 2 * stride, dst += ld) {
-    const bool first = !(zero_rows >> r & 1), second = r + 1 < rows && !(zero_rows >> (r + 1) & 1);
+    const bool first = !zero_rows || !(zero_rows >> r & 1);
+    const bool second = r + 1 < rows && (!zero_rows || !(zero_rows >> (r + 1) & 1));
     for (int d = 0; d < dim; d += 32) {
       const __m512i x = first ? load_numbers(from + d, dim - d) : _mm512_setzero_si512();
       const __m512i y = second ? load_numbers(from + stride + d, dim - d) : _mm512_setzero_si512();
