@@ -54,6 +54,15 @@ def progress(title: str, steps: int, done: int = 0) -> Iterator[Callable[[str], 
         yield advance
 
 
+def schedule(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int, end: float = 0.05
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate goes up over the first steps, then down in a line to the share `end` of it after the last."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup_steps, 1 + end - step / steps)
+    )
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file; an `InputError` names a file that is missing, not text, or empty."""
     try:

@@ -138,9 +138,7 @@ def predict(model: ModernBertForMaskedLM, numbers: Tensor, mask: Tensor) -> tupl
 def train(model: ModernBertForMaskedLM, numbers: Tensor, steps: int, seed: int) -> Iterator[int]:
     """Yields the number of steps done, after each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up, then down to nearly nothing
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.05 - step / steps)
-    )
+    schedule = common.schedule(optimizer, WARMUP_STEPS, steps)
     generator = torch.Generator().manual_seed(seed)
     with common.progress("training", steps) as advance:
         for step in range(steps):

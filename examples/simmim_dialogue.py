@@ -130,9 +130,7 @@ def hide_turn(numbers: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
 
 def train(model: fastattn.SimMIM, words: Words, numbers: Tensor, steps: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up, then down to nearly nothing
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.05 - step / steps)
-    )
+    schedule = common.schedule(optimizer, WARMUP_STEPS, steps)
     generator = torch.Generator().manual_seed(seed)
     with common.progress("training", steps) as advance:
         for _ in range(steps):

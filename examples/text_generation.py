@@ -147,9 +147,7 @@ class Characters:
 
 def train(model: LanguageModel, numbers: Tensor, steps: int, seed: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up, then down to nearly nothing
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.05 - step / steps)
-    )
+    schedule = common.schedule(optimizer, WARMUP_STEPS, steps)
     generator = torch.Generator().manual_seed(seed)
     with common.progress("training", steps) as advance:
         for _ in range(steps):

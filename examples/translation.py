@@ -141,9 +141,7 @@ class Translator(nn.Module):
 def train(model: Translator, days: list[int], steps: int, seed: int) -> None:
     device = model.head.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # up, then down to nearly nothing
-        optimizer, lambda step: min((step + 1) / WARMUP_STEPS, 1.02 - step / steps)
-    )
+    schedule = common.schedule(optimizer, WARMUP_STEPS, steps, end=0.02)
     draw = random.Random(seed)
     with common.progress("training", steps) as advance:
         for _ in range(steps):
